@@ -1,0 +1,900 @@
+# Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+"""Runs a Python object in a process of its own, as TensorFlow operations.
+
+  process = py_process.PyProcess(Counter, start=3)
+  three = process.proxy.next()       # A tensor: every run calls the method.
+  with tf.train.SingularMonitoredSession(
+      hooks=[py_process.PyProcessHook()]) as session:
+    session.run(three)
+
+The class says what its methods return through a static method
+`_tensor_specs(method_name, kwargs, constructor_kwargs)`: a nest of objects
+with `shape` and `dtype` (`ArraySpec`, `tf.TensorSpec`). It may also name
+modules in a static method `_modules(constructor_kwargs)`, which are imported
+once for all processes.
+
+Who starts the processes: a fork server, a fresh Python of our own without
+threads and without TensorFlow. It forks one process per object, so that the
+processes share the memory of their modules and start in milliseconds, and it
+is their parent: it learns how they end, and kills what they leave behind. When
+this program dies, however suddenly, the server sees its socket closed and ends
+all.
+
+How a call travels: caller and process share a piece of memory (an unnamed file
+that vanishes with its last user) and a socket. The caller writes a message to
+the memory and sends its size through the socket; the answer comes back in the
+same way. A message is a sequence of 8-byte little-endian words and of data
+padded to whole words:
+
+  message: string, number of arrays, arrays
+  string:  number of bytes, bytes
+  array:   TensorFlow's number of the dtype, rank, dimensions, data
+  data:    the numbers, row-major; of string arrays, the strings
+
+The string of a request is the name of a method, its first array lists the
+dtypes of the results, the others are the arguments. The string of an answer is
+empty, or the traceback of an exception; its arrays are the flattened results.
+
+`py_process_ops.cc` is the caller's end for TensorFlow; `_Channel` below is the
+same in Python, for calls from Python and for where the library isn't built.
+
+Environment processes import this module as well, and shall not pay for
+TensorFlow (seconds and hundreds of MB each): only what builds graphs imports
+it.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import inspect
+import itertools
+import logging
+import mmap
+import os
+import pickle
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+import cloudpickle
+import numpy as np
+import tree
+
+_COLLECTION = 'py_process_processes'
+_LIBRARY = os.path.join(
+  os.path.dirname(os.path.abspath(__file__)), 'py_process_ops.so'
+)
+_CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+# tensorflow/core/framework/types.proto, needed where TensorFlow isn't.
+_STRING = 7
+_DTYPES = {
+  np.dtype(name): number
+  for name, number in {
+    'float32': 1,
+    'float64': 2,
+    'int32': 3,
+    'uint8': 4,
+    'int16': 5,
+    'int8': 6,
+    'complex64': 8,
+    'int64': 9,
+    'bool': 10,
+    'uint16': 17,
+    'complex128': 18,
+    'float16': 19,
+    'uint32': 22,
+    'uint64': 23,
+  }.items()
+}
+_DTYPES_BY_NUMBER = {number: dtype for dtype, number in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+  """Shape (a sequence of ints) and NumPy dtype of an array; object: strings."""
+
+  shape: tuple
+  dtype: type
+
+
+class ProcessError(RuntimeError):
+  """The object in the process raised, or the process could not be reached."""
+
+
+# --- Messages ---------------------------------------------------------------
+
+
+class _Memory:
+  """Memory shared by the two ends of a channel, over a file descriptor."""
+
+  def __init__(self, fd):
+    self.fd = fd
+    self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+
+  def write(self, string, arrays):
+    """Writes a message and returns its size in bytes."""
+    chunks = [_word(len(string)), string, _word(len(arrays))]
+    for array in arrays:
+      chunks += _array_chunks(array)
+    size = sum(map(_padded, map(len, chunks)))
+    self._reserve(size)
+    position = 0
+    for chunk in chunks:
+      self._map[position : position + len(chunk)] = chunk
+      position += _padded(len(chunk))
+    return size
+
+  def read(self, size):
+    """Returns the string and the arrays of a message of `size` bytes."""
+    self._reserve(size)
+    reader = _Reader(self._map)
+    string = reader.bytes()
+    return string, [reader.array() for _ in range(reader.word())]
+
+  def close(self):
+    self._map.close()
+    os.close(self.fd)
+
+  def _reserve(self, size):
+    if size <= len(self._map):
+      return
+    file_size = os.fstat(self.fd).st_size
+    if file_size < size:
+      file_size = 2 * size
+      os.ftruncate(self.fd, file_size)
+    self._map.close()
+    self._map = mmap.mmap(self.fd, file_size)
+
+
+class _Reader:
+  """Takes a message apart, from its beginning to its end."""
+
+  def __init__(self, buffer):
+    self._buffer = buffer
+    self._position = 0
+
+  def word(self):
+    return struct.unpack('<q', self._take(8))[0]
+
+  def bytes(self):
+    return self._take(self.word())
+
+  def array(self):
+    number = self.word()
+    shape = [self.word() for _ in range(self.word())]
+    if number == _STRING:
+      array = np.empty(shape, dtype=object)
+      for index in np.ndindex(*shape):
+        array[index] = self.bytes()
+    else:
+      dtype = _DTYPES_BY_NUMBER[number]
+      count = int(np.prod(shape, dtype=np.int64))
+      # bytearray: the caller may write to what it gets.
+      data = bytearray(self._take(count * dtype.itemsize))
+      array = np.frombuffer(data, dtype).reshape(shape)
+    return array if shape else array[()]
+
+  def _take(self, size):
+    begin = self._position
+    self._position += _padded(size)
+    return self._buffer[begin : begin + size]
+
+
+def _padded(size):
+  return (size + 7) // 8 * 8
+
+
+def _word(value):
+  return struct.pack('<q', value)
+
+
+def _array_chunks(array):
+  """Returns the pieces of a message that hold an array."""
+  is_string = array.dtype.kind in 'OSU'
+  number = _STRING if is_string else _DTYPES.get(array.dtype)
+  if number is None:
+    raise TypeError(f'Arrays of dtype {array.dtype} can not be sent.')
+  header = struct.pack(f'<{2 + array.ndim}q', number, array.ndim, *array.shape)
+  if not is_string:
+    return [header, array.tobytes()]
+  chunks = [header]
+  for string in array.reshape(-1):
+    encoded = string.encode() if isinstance(string, str) else bytes(string)
+    chunks += [_word(len(encoded)), encoded]
+  return chunks
+
+
+class _Channel:
+  """One end of the line between a program and one of its processes."""
+
+  def __init__(self, connection, memory_fd):
+    self._connection = connection
+    self._memory = _Memory(memory_fd)
+
+  def filenos(self):
+    """Returns the file descriptors of the socket and of the memory."""
+    return self._connection.fileno(), self._memory.fd
+
+  def send(self, string, arrays=()):
+    self._connection.send(_word(self._memory.write(string, arrays)))
+
+  def receive(self):
+    """Returns the next (string, arrays); raises EOFError at the other's end."""
+    bell = self._connection.recv(8)
+    if not bell:
+      raise EOFError
+    return self._memory.read(struct.unpack('<q', bell)[0])
+
+  def hang_up(self):
+    with contextlib.suppress(OSError):
+      self._connection.shutdown(socket.SHUT_RDWR)
+
+  def close(self):
+    self._connection.close()
+    self._memory.close()
+
+
+# --- In an environment's process --------------------------------------------
+
+
+def _work(channel, payload):
+  """Answers calls until the program hangs up.
+
+  Args:
+    channel: `_Channel` to the program.
+    payload: the pickled (class, args, kwargs) of the object.
+
+  Returns:
+    The exit code of the process.
+  """
+  try:
+    cls, args, kwargs = pickle.loads(payload)
+    target = cls(*args, **kwargs)
+  except Exception:  # Whatever the class raises belongs to the caller.
+    channel.send(traceback.format_exc().encode())
+    return 1
+  channel.send(b'')
+  try:
+    while True:
+      method, (dtypes, *arguments) = channel.receive()
+      try:
+        result = getattr(target, method.decode())(*arguments)
+        results = _to_arrays(result, dtypes)
+      except Exception:
+        channel.send(traceback.format_exc().encode())
+      else:
+        channel.send(b'', results)
+  except (EOFError, ConnectionError):  # The program hung up or is gone.
+    pass
+  if hasattr(target, 'close'):
+    target.close()
+  return 0
+
+
+def _to_arrays(result, dtypes):
+  """Flattens a method's result into arrays of the promised dtypes."""
+  # A method that returns nothing has the empty nest as its spec.
+  leaves = [] if result is None else tree.flatten(result)
+  if len(leaves) != len(dtypes):
+    raise TypeError(
+      f'The method returned {len(leaves)} values, its _tensor_specs '
+      f'promise {len(dtypes)}.'
+    )
+  return [
+    _to_array(leaf, number) for leaf, number in zip(leaves, dtypes, strict=True)
+  ]
+
+
+def _to_array(leaf, number):
+  """Returns a leaf as an array of the promised dtype.
+
+  Python's numbers have no dtype of their own and take the promised one; arrays
+  are sent as they are, so that a wrong dtype is reported and not hidden.
+  """
+  if isinstance(leaf, (bool, int, float)) and number != _STRING:
+    return np.asarray(leaf, _DTYPES_BY_NUMBER[number])
+  if isinstance(leaf, (str, bytes)):
+    # Of dtype object, since NumPy's strings lose trailing zero bytes.
+    array = np.empty((), dtype=object)
+    array[()] = leaf
+    return array
+  return np.asarray(leaf)
+
+
+# --- The fork server --------------------------------------------------------
+
+
+class _Child:
+  """What the fork server knows of a process."""
+
+  def __init__(self, status, folder):
+    self.status = status  # Write end of a pipe: first the pid, then the end.
+    self.folder = folder  # Working directory and place for temporary files.
+
+
+def _serve(control_fd):
+  """Forks processes on request until the socket `control_fd` is closed."""
+  control = socket.socket(fileno=control_fd)
+  # What its processes leave behind becomes its own child, and is reaped.
+  _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+  children = {}
+  wakeup, wakeup_write = os.pipe()
+  os.set_blocking(wakeup_write, False)
+  signal.signal(signal.SIGCHLD, lambda *_: None)
+  signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+  while True:
+    ready, _, _ = select.select([control, wakeup], [], [])
+    if wakeup in ready:
+      os.read(wakeup, 4096)
+      _reap(children)
+    if control in ready:
+      message, fds, _, _ = socket.recv_fds(control, 64, 3)
+      if not message:
+        break
+      command, pid = struct.unpack('<cq', message)
+      if command == b'k':
+        if pid in children:
+          _kill_group(pid)
+      else:
+        _fork(children, [control.fileno(), wakeup, wakeup_write], *fds)
+  for pid in children:
+    _kill_group(pid)
+  for pid in list(children):
+    _bury(children, pid, os.waitpid(pid, 0)[1])
+
+
+def _fork(children, own_fds, connection, memory_fd, status):
+  """Forks one process; the three file descriptors are its program's."""
+  payload = os.pread(memory_fd, os.fstat(memory_fd).st_size, 0)
+  modules, payload = pickle.loads(payload)
+  for module in modules:
+    # One that is missing is reported by the object, which imports it again.
+    with contextlib.suppress(Exception):
+      __import__(module)
+  folder = tempfile.mkdtemp(prefix='impala-process-')
+  server = os.getpid()
+  pid = os.fork()
+  if pid == 0:
+    # Inherited ends of other pipes would hide the deaths of their owners.
+    for fd in own_fds + [status] + [c.status for c in children.values()]:
+      os.close(fd)
+    _run_child(server, connection, memory_fd, payload, folder)
+  os.close(connection)
+  os.close(memory_fd)
+  children[pid] = _Child(status, folder)
+  _report(status, pid)
+
+
+def _run_child(server, connection, memory_fd, payload, folder):
+  """Turns a fork of the server into an environment's process; never returns."""
+  code = 1
+  try:
+    _die_with(server)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # A session and process group of its own: a Ctrl-C in the terminal doesn't
+    # reach it, and the helpers it starts can be found when it dies.
+    os.setsid()
+    os.chdir(folder)
+    os.environ['TMPDIR'] = tempfile.tempdir = folder
+    connection = socket.socket(fileno=connection)
+    code = _work(_Channel(connection, memory_fd), payload)
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with(parent):
+  """Has the kernel kill this process when its parent ends."""
+  _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != parent:  # It ended before the call above.
+    os._exit(1)
+
+
+def _prctl(option, value):
+  ctypes.CDLL(None).prctl(option, value)
+
+
+def _reap(children):
+  while True:
+    try:
+      pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+      return
+    if pid == 0:
+      return
+    if pid in children:
+      _kill_group(pid)
+      _bury(children, pid, status)
+
+
+def _bury(children, pid, status):
+  """Reports the end of a process and removes its folder."""
+  child = children.pop(pid)
+  shutil.rmtree(child.folder, ignore_errors=True)
+  _report(child.status, os.waitstatus_to_exitcode(status))
+  os.close(child.status)
+
+
+def _report(status, value):
+  with contextlib.suppress(BrokenPipeError):
+    os.write(status, _word(value))
+
+
+def _kill_group(group):
+  """Kills what is left of a process group, and frees its shared memory.
+
+  Environments may run helpers of their own which survive them: ViZDoom's engine
+  does, and holds named shared memory that nobody would unlink.
+  """
+  members, others = [], []
+  for pid in map(int, filter(str.isdigit, os.listdir('/proc'))):
+    with contextlib.suppress(OSError):
+      (members if os.getpgid(pid) == group else others).append(pid)
+  if not members:
+    return
+  files = set().union(*map(_shared_memory_files, members))
+  if files:
+    files = files.difference(*map(_shared_memory_files, others))
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(group, signal.SIGKILL)
+  for file in files:
+    with contextlib.suppress(OSError):
+      os.unlink(file)
+
+
+def _shared_memory_files(pid):
+  """Returns the named shared memory that a process has mapped."""
+  try:
+    with open(f'/proc/{pid}/maps') as maps:
+      paths = {line.split(maxsplit=5)[-1].strip() for line in maps}
+  except OSError:
+    return set()
+  return {path for path in paths if path.startswith('/dev/shm/')}
+
+
+# --- In the program ---------------------------------------------------------
+
+
+class _ForkServer:
+  """The program's side of the fork server, which starts on first use."""
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._server = None
+    self._control = None
+
+  def spawn(self, modules, payload):
+    """Starts a process for a pickled (class, args, kwargs).
+
+    Returns:
+      The `_Channel` to it, and the read end of its status pipe.
+    """
+    memory_fd = os.memfd_create('impala-process')
+    os.write(memory_fd, pickle.dumps((modules, payload)))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    status, status_write = os.pipe()
+    with theirs, self._lock:
+      self._ensure_running()
+      fds = [theirs.fileno(), memory_fd, status_write]
+      socket.send_fds(self._control, [struct.pack('<cq', b's', 0)], fds)
+    os.close(status_write)
+    return _Channel(ours, memory_fd), status
+
+  def kill(self, pid):
+    # Through the server, who knows whether the pid is still that process.
+    with self._lock, contextlib.suppress(OSError):
+      self._control.send(struct.pack('<cq', b'k', pid))
+
+  def close(self):
+    with self._lock:
+      if self._server is not None:
+        self._control.close()
+        self._server.wait()
+        self._server = None
+
+  def _ensure_running(self):
+    if self._server is not None and self._server.poll() is None:
+      return
+    self._control, theirs = socket.socketpair(
+      socket.AF_UNIX, socket.SOCK_SEQPACKET
+    )
+    path = [os.path.dirname(_LIBRARY), *sys.path]
+    code = (
+      f'import sys; sys.path[:] = {path!r}; '
+      f'import py_process; py_process._serve({theirs.fileno()})'
+    )
+    with theirs:
+      self._server = subprocess.Popen(
+        [sys.executable, '-c', code],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+        env={
+          # Many processes share the cores: none needs a pool of threads.
+          'OMP_NUM_THREADS': '1',
+          'OPENBLAS_NUM_THREADS': '1',
+          'PYGAME_HIDE_SUPPORT_PROMPT': '1',
+          **os.environ,
+          # The accelerator belongs to the learner.
+          'CUDA_VISIBLE_DEVICES': '-1',
+        },
+      )
+
+
+_fork_server = _ForkServer()
+_numbers = itertools.count(1)
+_open = {}  # The started processes by number.
+
+
+class PyProcess:
+  """An object of a class, in a process of its own."""
+
+  def __init__(self, cls, *args, **kwargs):
+    """Describes the object; `start` or `PyProcessHook` starts its process.
+
+    Args:
+      cls: the class; may be defined anywhere, it travels by cloudpickle.
+      *args: positional arguments of its constructor.
+      **kwargs: keyword arguments of its constructor.
+    """
+    import tensorflow.compat.v1 as tf
+
+    self._cls = cls
+    self._arguments = inspect.signature(cls).bind(*args, **kwargs)
+    self._number = next(_numbers)
+    self._lock = threading.Lock()
+    self._channel = None
+    self._status = None
+    self._pid = None
+    self._exit_code = None
+    tf.add_to_collection(_COLLECTION, self)
+
+  @property
+  def proxy(self):
+    """The object's methods, taking and returning tensors."""
+    return choose([self], 0)
+
+  @property
+  def pid(self):
+    """Process id, None before the start."""
+    return self._pid
+
+  def start(self):
+    """Starts the process and waits until the object is made.
+
+    Raises:
+      ProcessError: the constructor raised, or the process died in it.
+    """
+    start_all([self])
+
+  def restart(self, **kwargs):
+    """Ends the process if it still runs, and starts it anew.
+
+    Args:
+      **kwargs: replace these arguments of the constructor.
+
+    Raises:
+      ProcessError: as `start`.
+    """
+    self.close()
+    self._arguments.arguments.update(kwargs)
+    self.start()
+
+  def call(self, method, *args):
+    """Calls a method from Python; not while a session calls the process.
+
+    Args:
+      method: name of the method.
+      *args: arrays, numbers or strings.
+
+    Returns:
+      The nest that `_tensor_specs` describes, of NumPy values.
+
+    Raises:
+      ProcessError: the method raised, or the process died.
+    """
+    import tensorflow.compat.v1 as tf
+
+    specs, arguments = _result_specs(
+      self._cls, self._arguments, method, args, {}
+    )
+    dtypes = [
+      tf.as_dtype(s.dtype).as_datatype_enum for s in tree.flatten(specs)
+    ]
+    return tree.unflatten_as(specs, self._request(method, dtypes, arguments))
+
+  def exit_code(self, timeout=0.0):
+    """Returns how the process ended, None while it runs.
+
+    Args:
+      timeout: seconds to wait for its end.
+
+    Returns:
+      The exit code; -N if signal N killed it.
+    """
+    if self._exit_code is None and self._status is not None:
+      ready, _, _ = select.select([self._status], [], [], timeout)
+      if ready:
+        # No report at all: the fork server died, and took its children along.
+        word = os.read(self._status, 8) or _word(-signal.SIGKILL)
+        self._exit_code = struct.unpack('<q', word)[0]
+    return self._exit_code
+
+  def close(self):
+    """Ends the process; calls under way fail with Cancelled."""
+    close_all([self])
+
+  def _launch(self):
+    constructor_kwargs = _by_name(self._arguments)
+    modules = getattr(self._cls, '_modules', lambda kwargs: ())
+    payload = cloudpickle.dumps(
+      (self._cls, self._arguments.args, self._arguments.kwargs)
+    )
+    self._exit_code = None
+    self._channel, self._status = _fork_server.spawn(
+      list(modules(constructor_kwargs)), payload
+    )
+    _open[self._number] = self
+
+  def _await(self):
+    """Waits until the object is made."""
+    self._pid = struct.unpack('<q', os.read(self._status, 8))[0]
+    error, _ = self._receive()
+    if error:
+      raise ProcessError(error.decode())
+    if _library() is not None:
+      _library().open_channel(self._number, self._channel)
+
+  def _request(self, method, dtypes, arguments):
+    """Calls a method; `dtypes` are TensorFlow's numbers for the results."""
+    arrays = [np.asarray(dtypes, np.int32), *map(np.asarray, arguments)]
+    with self._lock:
+      with contextlib.suppress(ConnectionError):  # Told by the receive.
+        self._channel.send(method.encode(), arrays)
+      error, results = self._receive()
+    if error:
+      raise ProcessError(error.decode())
+    return results
+
+  def _receive(self):
+    try:
+      return self._channel.receive()
+    except (EOFError, ConnectionError):
+      raise ProcessError(
+        f'The process of {self._cls.__name__} died with exit code '
+        f'{self.exit_code(timeout=1.0)}.'
+      ) from None
+
+  def _hang_up(self):
+    if _library() is not None:
+      _library().close_channel(self._number)
+    self._channel.hang_up()
+
+  def _release(self):
+    with self._lock:
+      self._channel.close()
+      os.close(self._status)
+      self._channel = self._status = None
+    del _open[self._number]
+
+
+def start_all(processes):
+  """Starts processes concurrently and waits until their objects are made.
+
+  Raises:
+    ProcessError: a constructor raised or a process died; none is left running.
+  """
+  try:
+    for process in processes:
+      process._launch()
+    for process in processes:
+      process._await()
+  except BaseException:
+    close_all(processes)
+    raise
+
+
+def close_all(processes):
+  """Ends processes: politely, and after some seconds by force."""
+  processes = [p for p in processes if p._channel is not None]
+  for process in processes:
+    process._hang_up()
+  deadline = time.monotonic() + _CLOSE_SECONDS
+  for process in processes:
+    if process.exit_code(max(0, deadline - time.monotonic())) is None:
+      _fork_server.kill(process.pid)
+      process.exit_code(timeout=1.0)
+    process._release()
+
+
+@atexit.register
+def _close_everything():
+  close_all(list(_open.values()))
+  _fork_server.close()
+
+
+def _by_name(bound):
+  """Returns the arguments of an `inspect.BoundArguments` by their names."""
+  named = dict(bound.arguments)
+  for parameter in bound.signature.parameters.values():
+    if parameter.kind is parameter.VAR_KEYWORD:
+      named.update(named.pop(parameter.name, {}))
+  return named
+
+
+# --- In the graph -----------------------------------------------------------
+
+
+def choose(processes, index):
+  """Returns a proxy of the process that `index` selects when the graph runs.
+
+  So one graph serves any number of processes.
+
+  Args:
+    processes: sequence of `PyProcess`, all of one class and with the same specs
+      of results.
+    index: int or integer scalar tensor.
+
+  Returns:
+    An object with the methods of the class, which take and return tensors.
+  """
+  import tensorflow.compat.v1 as tf
+
+  numbers = tf.constant([process._number for process in processes], tf.int64)
+  return _Proxy(processes[0]._cls, processes[0]._arguments, numbers[index])
+
+
+class _Proxy:
+  """Turns calls of methods into operations."""
+
+  def __init__(self, cls, constructor_arguments, number):
+    self._cls = cls
+    self._constructor_arguments = constructor_arguments
+    self._number = number
+
+  def __getattr__(self, method):
+    if method.startswith('_') or not hasattr(self._cls, method):
+      raise AttributeError(f'{self._cls.__name__} has no method {method!r}.')
+    return functools.partial(self._build_call, method)
+
+  def _build_call(self, method, *args, **kwargs):
+    """Builds one call: a nest of tensors, or the operation if there is none."""
+    import tensorflow.compat.v1 as tf
+
+    specs, arguments = _result_specs(
+      self._cls, self._constructor_arguments, method, args, kwargs
+    )
+    flat = tree.flatten(specs)
+    build = _build_call_in_python if _library() is None else _library().call
+    results = build(
+      self._number,
+      method,
+      [tf.convert_to_tensor(argument) for argument in arguments],
+      [tf.as_dtype(spec.dtype) for spec in flat],
+      [tf.TensorShape(spec.shape) for spec in flat],
+    )
+    return tree.unflatten_as(specs, results) if flat else results
+
+
+def _result_specs(cls, constructor_arguments, method, args, kwargs):
+  """Asks a class what a method returns.
+
+  Returns:
+    The nest of specs, and the call's arguments in the method's order.
+  """
+  bound = inspect.signature(getattr(cls, method)).bind(None, *args, **kwargs)
+  if bound.kwargs:
+    raise TypeError(f'{method} has keyword-only arguments: not supported.')
+  named = _by_name(bound)
+  named.pop(next(iter(bound.signature.parameters)))  # self
+  specs = cls._tensor_specs(method, named, _by_name(constructor_arguments))
+  return () if specs is None else specs, bound.args[1:]
+
+
+def _build_call_in_python(number, method, arguments, dtypes, shapes):
+  """As `_Library.call`, but holds a TensorFlow thread while it waits."""
+  import tensorflow.compat.v1 as tf
+
+  enums = [dtype.as_datatype_enum for dtype in dtypes]
+
+  def run(number, *arguments):
+    return _open[int(number)]._request(method, enums, arguments)
+
+  results = tf.numpy_function(run, [number, *arguments], dtypes)
+  if not dtypes:
+    return results
+  for result, shape in zip(results, shapes, strict=True):
+    result.set_shape(shape)
+  return results
+
+
+class _Library:
+  """The compiled caller's end."""
+
+  def __init__(self):
+    import tensorflow.compat.v1 as tf
+
+    self._ops = tf.load_op_library(_LIBRARY)
+    library = ctypes.CDLL(_LIBRARY)
+    self._open = library.ImpalaOpenChannel
+    self._open.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    self._close = library.ImpalaCloseChannel
+    self._close.argtypes = [ctypes.c_int64]
+
+  def call(self, number, method, arguments, dtypes, shapes):
+    return self._ops.py_process_call(
+      number, arguments, method=method, Tout=dtypes, output_shapes=shapes
+    )
+
+  def open_channel(self, number, channel):
+    self._open(number, *map(os.dup, channel.filenos()))
+
+  def close_channel(self, number):
+    self._close(number)
+
+
+@functools.cache
+def _library():
+  """Loads the compiled operation; None, after one warning, if it isn't built.
+
+  Raises:
+    ImportError: it exists, but doesn't fit this TensorFlow.
+  """
+  import tensorflow.compat.v1 as tf
+
+  if not os.path.exists(_LIBRARY):
+    logging.getLogger(__name__).warning(
+      'py_process_ops.so is not built: environments run, but each call holds '
+      'a TensorFlow thread and takes longer. Run "make ops" to build it.'
+    )
+    return None
+  try:
+    return _Library()
+  except (tf.errors.OpError, OSError, AttributeError) as error:
+    raise ImportError(
+      f'{_LIBRARY} does not load, most likely because it was built for '
+      f'another TensorFlow ({error}). Run "make clean ops" to rebuild it.'
+    ) from error
+
+
+def has_library():
+  """Returns whether calls wait without holding a TensorFlow thread each."""
+  return _library() is not None
+
+
+def PyProcessHook():
+  """Returns a `SessionRunHook` which starts the processes of the graph.
+
+  They start, concurrently, before the session does, and end with it.
+  """
+  # A function, since the base class needs TensorFlow.
+  import tensorflow.compat.v1 as tf
+
+  class Hook(tf.train.SessionRunHook):
+    def begin(self):
+      self._processes = tf.get_collection(_COLLECTION)
+      start_all([p for p in self._processes if p.pid is None])
+
+    def end(self, session):
+      close_all(self._processes)
+
+  return Hook()

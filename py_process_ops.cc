@@ -1,0 +1,634 @@
+// Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+//
+// Calls into environment processes as an asynchronous TensorFlow op.
+//
+// The life of a call:
+//   1. `PyProcessCall` finds the channel of its process, joins the channel's
+//      queue and returns: no TensorFlow thread waits for the process.
+//   2. When it is the first in the queue, its arguments are written to the
+//      memory shared with the process, and the size of the message is sent
+//      through a socket to ring the bell.
+//   3. The process reads the message, runs the method, writes the result over
+//      the arguments and rings back.
+//   4. One thread, waiting on the sockets of all processes, copies the result
+//      into tensors, finishes the op and starts the channel's next call.
+//
+// The end of the process closes the socket, which fails the calls of its
+// channel. A cancelled step abandons its call: the answer is dropped when it
+// comes. `py_process.py` documents the layout of a message and starts and
+// restarts the processes; it opens and closes channels through the two C
+// functions at the end of this file.
+
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/env.h"
+#include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/mutex.h"
+
+namespace impala {
+namespace {
+
+using tensorflow::AsyncOpKernel;
+using tensorflow::CancellationManager;
+using tensorflow::CancellationToken;
+using tensorflow::DataType;
+using tensorflow::mutex;
+using tensorflow::mutex_lock;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::PartialTensorShape;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::tstring;
+namespace errors = tensorflow::errors;
+
+constexpr size_t kWord = sizeof(int64_t);
+
+size_t Padded(size_t size) { return (size + kWord - 1) / kWord * kWord; }
+
+// Writes a message; without memory it only measures it.
+class Writer {
+ public:
+  explicit Writer(char* memory) : memory_(memory) {}
+
+  void Word(int64_t value) { Raw(&value, kWord); }
+
+  void String(const char* data, size_t size) {
+    Word(size);
+    Raw(data, size);
+  }
+
+  void Array(const Tensor& tensor) {
+    Word(tensor.dtype());
+    Word(tensor.dims());
+    for (int i = 0; i < tensor.dims(); ++i) Word(tensor.dim_size(i));
+    if (tensor.dtype() == tensorflow::DT_STRING) {
+      const auto strings = tensor.flat<tstring>();
+      for (int64_t i = 0; i < strings.size(); ++i) {
+        String(strings(i).data(), strings(i).size());
+      }
+    } else {
+      const auto data = tensor.tensor_data();
+      Raw(data.data(), data.size());
+    }
+  }
+
+  size_t size() const { return size_; }
+
+ private:
+  void Raw(const void* data, size_t size) {
+    if (memory_ != nullptr && size > 0) memcpy(memory_ + size_, data, size);
+    size_ += Padded(size);
+  }
+
+  char* const memory_;
+  size_t size_ = 0;
+};
+
+// Reads a message. The process at the other end may be broken, so nothing it
+// wrote is trusted.
+class Reader {
+ public:
+  Reader(const char* memory, size_t size) : memory_(memory), size_(size) {}
+
+  absl::Status Word(int64_t* value) {
+    const char* data = nullptr;
+    TF_RETURN_IF_ERROR(Raw(kWord, &data));
+    memcpy(value, data, kWord);
+    return absl::OkStatus();
+  }
+
+  absl::Status String(tstring* value) {
+    int64_t size;
+    const char* data = nullptr;
+    TF_RETURN_IF_ERROR(Word(&size));
+    TF_RETURN_IF_ERROR(Raw(size, &data));
+    value->assign(data, size);
+    return absl::OkStatus();
+  }
+
+  absl::Status ArrayHeader(DataType* dtype, TensorShape* shape) {
+    int64_t type, dims;
+    TF_RETURN_IF_ERROR(Word(&type));
+    *dtype = static_cast<DataType>(type);
+    TF_RETURN_IF_ERROR(Word(&dims));
+    for (int64_t i = 0; i < dims; ++i) {
+      int64_t dim;
+      TF_RETURN_IF_ERROR(Word(&dim));
+      TF_RETURN_IF_ERROR(shape->AddDimWithStatus(dim));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ArrayData(Tensor* tensor) {
+    if (tensor->dtype() == tensorflow::DT_STRING) {
+      auto strings = tensor->flat<tstring>();
+      for (int64_t i = 0; i < strings.size(); ++i) {
+        TF_RETURN_IF_ERROR(String(&strings(i)));
+      }
+      return absl::OkStatus();
+    }
+    const auto target = tensor->tensor_data();
+    const char* data = nullptr;
+    TF_RETURN_IF_ERROR(Raw(target.size(), &data));
+    if (!target.empty()) {
+      memcpy(const_cast<char*>(target.data()), data, target.size());
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status Raw(int64_t size, const char** data) {
+    if (size < 0 || Padded(size) > size_ - position_) {
+      return errors::Internal("The environment process sent a cut message.");
+    }
+    *data = memory_ + position_;
+    position_ += Padded(size);
+    return absl::OkStatus();
+  }
+
+  const char* const memory_;
+  const size_t size_;
+  size_t position_ = 0;
+};
+
+// The memory shared with a process. Whoever writes a message that does not fit
+// grows the file; the other side follows when it hears of the message's size.
+class SharedMemory {
+ public:
+  explicit SharedMemory(int fd) : fd_(fd) {}
+  ~SharedMemory() {
+    if (data_ != nullptr) munmap(data_, size_);
+    close(fd_);
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  absl::Status Reserve(size_t size) {
+    if (size <= size_) return absl::OkStatus();
+    struct stat file;
+    if (fstat(fd_, &file) != 0) return Error("fstat");
+    size_t file_size = file.st_size;
+    if (file_size < size) {
+      file_size = 2 * size;
+      if (ftruncate(fd_, file_size) != 0) return Error("ftruncate");
+    }
+    void* data =
+        mmap(nullptr, file_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+    if (data == MAP_FAILED) return Error("mmap");
+    if (data_ != nullptr) munmap(data_, size_);
+    data_ = static_cast<char*>(data);
+    size_ = file_size;
+    return absl::OkStatus();
+  }
+
+  char* data() { return data_; }
+
+ private:
+  static absl::Status Error(const char* call) {
+    return errors::ResourceExhausted(
+        "No shared memory for an environment "
+        "process: ",
+        call, ": ", strerror(errno));
+  }
+
+  const int fd_;
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+struct Call {
+  OpKernelContext* context;
+  AsyncOpKernel::DoneCallback done;
+  const std::string* method;
+  const std::vector<PartialTensorShape>* output_shapes;
+  Tensor output_types;
+  CancellationToken token = CancellationManager::kInvalidToken;
+};
+
+absl::Status ReadResult(const Call& call, const char* memory, size_t size) {
+  Reader reader(memory, size);
+  tstring error;
+  int64_t count;
+  TF_RETURN_IF_ERROR(reader.String(&error));
+  if (!error.empty()) {
+    return errors::Unknown("An environment process raised in ", *call.method,
+                           ":\n", absl::string_view(error));
+  }
+  TF_RETURN_IF_ERROR(reader.Word(&count));
+  if (count != call.context->num_outputs()) {
+    return errors::Internal(*call.method, " sent ", count, " arrays, not ",
+                            call.context->num_outputs());
+  }
+  for (int i = 0; i < count; ++i) {
+    DataType dtype;
+    TensorShape shape;
+    TF_RETURN_IF_ERROR(reader.ArrayHeader(&dtype, &shape));
+    const PartialTensorShape& expected = (*call.output_shapes)[i];
+    if (dtype != call.context->expected_output_dtype(i) ||
+        !expected.IsCompatibleWith(shape)) {
+      return errors::InvalidArgument(
+          "Result ", i, " of ", *call.method, " is ",
+          tensorflow::DataTypeString(dtype), shape.DebugString(),
+          ", its _tensor_specs promise ",
+          tensorflow::DataTypeString(call.context->expected_output_dtype(i)),
+          expected.DebugString());
+    }
+    Tensor* output = nullptr;
+    TF_RETURN_IF_ERROR(call.context->allocate_output(i, shape, &output));
+    TF_RETURN_IF_ERROR(reader.ArrayData(output));
+  }
+  return absl::OkStatus();
+}
+
+void WriteRequest(const Call& call, Writer* writer) {
+  writer->String(call.method->data(), call.method->size());
+  const int num_arguments = call.context->num_inputs() - 1;
+  writer->Word(num_arguments + 1);
+  writer->Array(call.output_types);
+  for (int i = 0; i < num_arguments; ++i) {
+    writer->Array(call.context->input(i + 1));
+  }
+}
+
+void Finish(Call* call, const absl::Status& status) {
+  if (!status.ok()) call->context->SetStatus(status);
+  call->done();
+}
+
+class Channel;
+
+// The one thread that waits for the answers of all processes.
+class Poller {
+ public:
+  static Poller* Get() {
+    // Never destroyed: its thread may outlive main().
+    static Poller* poller = new Poller;
+    return poller;
+  }
+
+  bool Watch(int socket, int64_t key, bool again) {
+    epoll_event event = {};
+    event.events = EPOLLIN | EPOLLONESHOT;
+    event.data.u64 = key;
+    return epoll_ctl(epoll_, again ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, socket,
+                     &event) == 0;
+  }
+
+  // Returns the key under which a channel's events arrive.
+  int64_t Add(std::weak_ptr<Channel> channel) {
+    mutex_lock lock(mu_);
+    channels_[++last_key_] = std::move(channel);
+    return last_key_;
+  }
+
+  void Remove(int64_t key) {
+    mutex_lock lock(mu_);
+    channels_.erase(key);
+  }
+
+ private:
+  Poller() : epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+    thread_.reset(tensorflow::Env::Default()->StartThread(
+        tensorflow::ThreadOptions(), "py_process_poller", [this] { Loop(); }));
+  }
+
+  void Loop();
+
+  std::shared_ptr<Channel> Find(int64_t key) {
+    mutex_lock lock(mu_);
+    const auto it = channels_.find(key);
+    return it == channels_.end() ? nullptr : it->second.lock();
+  }
+
+  const int epoll_;
+  mutex mu_;
+  int64_t last_key_ TF_GUARDED_BY(mu_) = 0;
+  std::unordered_map<int64_t, std::weak_ptr<Channel>> channels_
+      TF_GUARDED_BY(mu_);
+  std::unique_ptr<tensorflow::Thread> thread_;
+};
+
+// The calls of one process, in the order of their arrival.
+class Channel : public std::enable_shared_from_this<Channel> {
+ public:
+  Channel(int socket, int memory_fd) : socket_(socket), memory_(memory_fd) {}
+
+  ~Channel() {
+    Poller::Get()->Remove(key_);
+    close(socket_);
+  }
+
+  void Start() { key_ = Poller::Get()->Add(weak_from_this()); }
+
+  void Enqueue(std::shared_ptr<Call> call) {
+    CancellationManager* manager = call->context->cancellation_manager();
+    if (manager != nullptr) {
+      call->token = manager->get_cancellation_token();
+      const bool registered = manager->RegisterCallback(
+          call->token,
+          [channel = weak_from_this(), weak = std::weak_ptr<Call>(call)] {
+            auto self = channel.lock();
+            auto call = weak.lock();
+            if (self && call) self->Cancel(call);
+          });
+      if (!registered) {
+        Finish(call.get(), errors::Cancelled("The step was cancelled."));
+        return;
+      }
+    }
+    {
+      mutex_lock lock(mu_);
+      queue_.push_back(std::move(call));
+    }
+    Pump();
+  }
+
+  // Fails all calls, the ones to come included.
+  void Break(const absl::Status& status) {
+    std::vector<std::shared_ptr<Call>> calls;
+    {
+      mutex_lock lock(mu_);
+      if (broken_.ok()) broken_ = status;
+      if (current_) calls.push_back(std::move(current_));
+      for (auto& call : queue_) calls.push_back(std::move(call));
+      queue_.clear();
+    }
+    for (auto& call : calls) Complete(call.get(), status);
+  }
+
+  // The process rang, or its end of the socket closed.
+  void OnReadable() {
+    int64_t size = 0;
+    ssize_t received;
+    do {
+      received = recv(socket_, &size, sizeof(size), 0);
+    } while (received < 0 && errno == EINTR);
+    if (received != sizeof(size)) {
+      Break(errors::Internal("The environment process died."));
+      return;
+    }
+    std::shared_ptr<Call> call;
+    {
+      mutex_lock lock(mu_);
+      call = std::move(current_);
+      current_.reset();
+    }
+    // An abandoned call has left no `current_`; its answer is dropped.
+    if (call) {
+      absl::Status status = memory_.Reserve(size);
+      if (status.ok()) status = ReadResult(*call, memory_.data(), size);
+      Complete(call.get(), status);
+    }
+    {
+      mutex_lock lock(mu_);
+      busy_ = false;
+    }
+    Pump();
+  }
+
+ private:
+  // Sends the next call if the process is idle.
+  void Pump() {
+    std::shared_ptr<Call> failed;
+    absl::Status status;
+    {
+      mutex_lock lock(mu_);
+      if (!broken_.ok()) {
+        status = broken_;
+      } else if (busy_ || queue_.empty()) {
+        return;
+      } else {
+        // Sent under the lock, so that a cancellation can't free the call's
+        // arguments meanwhile; nobody else waits for this lock for long.
+        status = Send(*queue_.front());
+      }
+      if (status.ok()) {
+        busy_ = true;
+        current_ = std::move(queue_.front());
+        queue_.pop_front();
+        return;
+      }
+    }
+    Break(status);
+  }
+
+  absl::Status Send(const Call& call) TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    Writer measure(nullptr);
+    WriteRequest(call, &measure);
+    TF_RETURN_IF_ERROR(memory_.Reserve(measure.size()));
+    Writer writer(memory_.data());
+    WriteRequest(call, &writer);
+    const int64_t size = writer.size();
+    ssize_t sent;
+    do {
+      sent = send(socket_, &size, sizeof(size), MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    if (sent != sizeof(size) ||
+        !Poller::Get()->Watch(socket_, key_, watched_)) {
+      return errors::Internal("The environment process died.");
+    }
+    watched_ = true;
+    return absl::OkStatus();
+  }
+
+  void Cancel(const std::shared_ptr<Call>& call) {
+    {
+      mutex_lock lock(mu_);
+      if (current_ == call) {
+        current_.reset();
+      } else {
+        const auto it = std::find(queue_.begin(), queue_.end(), call);
+        if (it == queue_.end()) return;  // Completing elsewhere.
+        queue_.erase(it);
+      }
+    }
+    Finish(call.get(), errors::Cancelled("The step was cancelled."));
+  }
+
+  // Must be called without `mu_`: deregistering waits for a running Cancel.
+  static void Complete(Call* call, const absl::Status& status) {
+    if (call->token != CancellationManager::kInvalidToken) {
+      call->context->cancellation_manager()->DeregisterCallback(call->token);
+    }
+    Finish(call, status);
+  }
+
+  const int socket_;
+  int64_t key_ = 0;
+  // Written under `mu_` while the process is idle, read by the poller while it
+  // is busy: never both.
+  SharedMemory memory_;
+  mutex mu_;
+  bool busy_ TF_GUARDED_BY(mu_) = false;
+  bool watched_ TF_GUARDED_BY(mu_) = false;
+  absl::Status broken_ TF_GUARDED_BY(mu_);
+  std::shared_ptr<Call> current_ TF_GUARDED_BY(mu_);
+  std::deque<std::shared_ptr<Call>> queue_ TF_GUARDED_BY(mu_);
+};
+
+void Poller::Loop() {
+  constexpr int kMaxEvents = 64;
+  epoll_event events[kMaxEvents];
+  while (true) {
+    const int count = epoll_wait(epoll_, events, kMaxEvents, -1);
+    for (int i = 0; i < count; ++i) {
+      if (auto channel = Find(events[i].data.u64)) channel->OnReadable();
+    }
+  }
+}
+
+// The open channels by the process numbers that graphs refer to.
+class Channels {
+ public:
+  static Channels* Get() {
+    static Channels* channels = new Channels;
+    return channels;
+  }
+
+  void Open(int64_t process, std::shared_ptr<Channel> channel) {
+    channel->Start();
+    Replace(process, std::move(channel));
+  }
+
+  void Close(int64_t process) { Replace(process, nullptr); }
+
+  std::shared_ptr<Channel> Find(int64_t process) {
+    mutex_lock lock(mu_);
+    const auto it = channels_.find(process);
+    return it == channels_.end() ? nullptr : it->second;
+  }
+
+ private:
+  void Replace(int64_t process, std::shared_ptr<Channel> channel) {
+    {
+      mutex_lock lock(mu_);
+      std::swap(channels_[process], channel);
+      if (channels_[process] == nullptr) channels_.erase(process);
+    }
+    if (channel) {
+      channel->Break(errors::Cancelled("The environment process was closed."));
+    }
+  }
+
+  mutex mu_;
+  std::unordered_map<int64_t, std::shared_ptr<Channel>> channels_
+      TF_GUARDED_BY(mu_);
+};
+
+class PyProcessCallOp : public AsyncOpKernel {
+ public:
+  explicit PyProcessCallOp(OpKernelConstruction* context)
+      : AsyncOpKernel(context) {
+    std::vector<DataType> types;
+    OP_REQUIRES_OK(context, context->GetAttr("method", &method_));
+    OP_REQUIRES_OK(context, context->GetAttr("Tout", &types));
+    OP_REQUIRES_OK(context, context->GetAttr("output_shapes", &shapes_));
+    OP_REQUIRES(context, types.size() == shapes_.size(),
+                errors::InvalidArgument("Tout and output_shapes differ in "
+                                        "length: ",
+                                        types.size(), " and ", shapes_.size()));
+    types_ = Tensor(tensorflow::DT_INT32,
+                    TensorShape({static_cast<int64_t>(types.size())}));
+    for (size_t i = 0; i < types.size(); ++i) {
+      types_.vec<int32_t>()(i) = types[i];
+    }
+  }
+
+  void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
+    const Tensor& process = context->input(0);
+    OP_REQUIRES_ASYNC(context,
+                      tensorflow::TensorShapeUtils::IsScalar(process.shape()),
+                      errors::InvalidArgument("process must be a scalar, is ",
+                                              process.shape().DebugString()),
+                      done);
+    auto channel = Channels::Get()->Find(process.scalar<int64_t>()());
+    OP_REQUIRES_ASYNC(context, channel != nullptr,
+                      errors::FailedPrecondition(
+                          "Environment process ", process.scalar<int64_t>()(),
+                          " is not running; start it first."),
+                      done);
+    channel->Enqueue(std::make_shared<Call>(
+        Call{context, std::move(done), &method_, &shapes_, types_}));
+  }
+
+ private:
+  std::string method_;
+  std::vector<PartialTensorShape> shapes_;
+  Tensor types_;
+};
+
+REGISTER_OP("PyProcessCall")
+    .Input("process: int64")
+    .Input("arguments: Tin")
+    .Output("results: Tout")
+    .Attr("method: string")
+    .Attr("Tin: list(type) >= 0")
+    .Attr("Tout: list(type) >= 0")
+    .Attr("output_shapes: list(shape) >= 0")
+    .SetIsStateful()
+    .SetShapeFn([](tensorflow::shape_inference::InferenceContext* context) {
+      std::vector<PartialTensorShape> shapes;
+      TF_RETURN_IF_ERROR(context->GetAttr("output_shapes", &shapes));
+      if (static_cast<int>(shapes.size()) != context->num_outputs()) {
+        return errors::InvalidArgument(
+            "Tout and output_shapes differ in "
+            "length.");
+      }
+      for (int i = 0; i < context->num_outputs(); ++i) {
+        tensorflow::shape_inference::ShapeHandle shape;
+        TF_RETURN_IF_ERROR(
+            context->MakeShapeFromPartialTensorShape(shapes[i], &shape));
+        context->set_output(i, shape);
+      }
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Calls a method of the object that lives in an environment process.
+
+process: number of the process, as given by PyProcess.
+arguments: the method's arguments.
+results: the flattened result of the method.
+method: name of the method.
+output_shapes: promised shapes of the results; the call fails on others.
+)doc");
+
+REGISTER_KERNEL_BUILDER(Name("PyProcessCall").Device(tensorflow::DEVICE_CPU),
+                        PyProcessCallOp);
+
+}  // namespace
+}  // namespace impala
+
+extern "C" {
+
+// Opens the channel of a process, replacing the one it had. Takes over both
+// file descriptors.
+void ImpalaOpenChannel(int64_t process, int socket, int memory) {
+  impala::Channels::Get()->Open(
+      process, std::make_shared<impala::Channel>(socket, memory));
+}
+
+// Closes the channel of a process; its calls end with Cancelled.
+void ImpalaCloseChannel(int64_t process) {
+  impala::Channels::Get()->Close(process);
+}
+
+}  // extern "C"
