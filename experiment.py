@@ -1,0 +1,1354 @@
+# Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+"""IMPALA: importance weighted actor-learner architectures (arXiv 1802.01561).
+
+Actors play environments with a slightly old policy and send unrolls to a
+learner, which corrects for the difference with V-trace:
+
+  environment process --> actor loop --> queue --> staging --> learner
+        ^                   |    ^                               |
+        +------ action -----+    +---------- parameters ---------+
+
+  python experiment.py --level_name=gym:VizdoomBasic-v1   # Trains.
+  python experiment.py --level_name=gym:VizdoomBasic-v1 --mode=test
+"""
+
+import collections
+import contextlib
+import functools
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+import six
+import tqdm
+from absl import app, flags, logging
+
+
+@contextlib.contextmanager
+def _quiet_start():
+  """Drops what TensorFlow tells while it starts, unless run with -v=1."""
+  # Flags are parsed later than this is needed.
+  if any(re.fullmatch(r'--?(v|verbosity)=[1-9]', arg) for arg in sys.argv):
+    yield
+    return
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  # Before its logging is set up, TensorFlow knows no level.
+  stderr = os.dup(2)
+  with open(os.devnull, 'w') as devnull:
+    os.dup2(devnull.fileno(), 2)
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+
+
+with _quiet_start():
+  import sonnet as snt
+  import tensorflow.compat.v1 as tf
+
+  import dmlab30
+  import dynamic_batching
+  import environments
+  import py_process
+  import vtrace
+
+# Sonnet asks once whether TensorFlow 2 is on, and would take a graph for a no.
+# After a first module outside of any graph it builds modules anywhere.
+snt.Module()
+
+FLAGS = flags.FLAGS
+
+# What to run, and where.
+flags.DEFINE_enum(
+  'mode', 'train', ['train', 'test'], 'Train an agent, or play with it.'
+)
+flags.DEFINE_string(
+  'logdir',
+  '/tmp/agent',
+  'Folder of checkpoints and metrics. Training goes on from the checkpoint in '
+  'it.',
+)
+flags.DEFINE_string(
+  'level_name',
+  'explore_goal_locations_small',
+  'What to play: a level of DeepMind Lab, dmlab30 for the whole suite, or gym: '
+  'and the id of a Gymnasium environment with images and discrete actions, '
+  'e.g. gym:VizdoomBasic-v1, gym:ALE/Pong-v5.',
+)
+flags.DEFINE_integer(
+  'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1
+)
+flags.DEFINE_integer(
+  'task', -1, 'Number of this task; -1 is training on one machine.'
+)
+flags.DEFINE_enum(
+  'job_name', 'learner', ['learner', 'actor'], 'Job of this task.'
+)
+
+# The size of the training.
+flags.DEFINE_integer(
+  'total_environment_frames',
+  int(1e9),
+  'Environment frames to train for, repeated actions included.',
+  lower_bound=1,
+)
+flags.DEFINE_integer(
+  'num_actors', 4, 'Actors, with an environment process each.', lower_bound=1
+)
+flags.DEFINE_integer(
+  'batch_size', 2, 'Unrolls per update of the learner.', lower_bound=1
+)
+flags.DEFINE_integer(
+  'unroll_length', 100, 'Agent steps per unroll.', lower_bound=1
+)
+flags.DEFINE_integer('seed', 1, 'Seed of networks, actions and environments.')
+flags.DEFINE_integer(
+  'save_checkpoint_secs', 600, 'Seconds between checkpoints.', lower_bound=1
+)
+
+# The environments.
+flags.DEFINE_integer(
+  'num_action_repeats',
+  4,
+  'Environment frames per agent step: each action is repeated so often.',
+  lower_bound=1,
+)
+flags.DEFINE_integer(
+  'height',
+  72,
+  'Height of the frames in pixels. Atari uses 84 unless this is given.',
+  lower_bound=1,
+)
+flags.DEFINE_integer(
+  'width',
+  96,
+  'Width of the frames in pixels. Atari uses 84 unless this is given.',
+  lower_bound=1,
+)
+flags.DEFINE_string(
+  'dataset_path', '', "Folder with the data of DeepMind Lab's psychlab levels."
+)
+flags.DEFINE_string(
+  'level_cache_dir',
+  '~/.cache/impala/dmlab_maps',
+  "Folder for DeepMind Lab's compiled maps, shared by all its processes.",
+)
+flags.DEFINE_integer(
+  'max_environment_restarts',
+  10,
+  'How often the environment process of an actor may die and be restarted '
+  'before training stops.',
+  lower_bound=0,
+)
+
+# The agent and its loss.
+flags.DEFINE_enum(
+  'torso',
+  'deep',
+  ['deep', 'shallow'],
+  "The paper's network of 15 convolutions, or the one of 2.",
+)
+flags.DEFINE_float(
+  'entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0
+)
+flags.DEFINE_float(
+  'baseline_cost', 0.5, 'Weight of the baseline loss.', lower_bound=0
+)
+flags.DEFINE_float(
+  'discounting',
+  0.99,
+  'Discount factor per agent step.',
+  lower_bound=0,
+  upper_bound=1,
+)
+flags.DEFINE_enum(
+  'reward_clipping',
+  'abs_one',
+  ['abs_one', 'soft_asymmetric'],
+  'abs_one clips rewards to [-1, 1]. soft_asymmetric takes 5 tanh(r / 5), '
+  "times 0.3 if negative, as DeepMind's release does; the paper's appendix "
+  'prints another formula.',
+)
+
+# The optimiser.
+flags.DEFINE_float(
+  'learning_rate',
+  0.00048,
+  'Learning rate at the start; falls linearly to 0 at the last frame. The loss '
+  'is a sum, so it depends on --batch_size and --unroll_length.',
+  lower_bound=0,
+)
+flags.DEFINE_float(
+  'decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1
+)
+flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0)
+flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon.", lower_bound=0)
+flags.DEFINE_float(
+  'max_gradient_norm',
+  0.0,
+  'Gradients of a larger global norm are scaled down to it; 0 is off.',
+  lower_bound=0,
+)
+
+_NOT_FINITE = 'The loss or its gradient is not finite'
+_REPORT_SECONDS = 30  # Between two reports of the metrics.
+_EPISODES = 100  # Episodes per level in the averages of the reports.
+
+AgentOutput = collections.namedtuple(
+  'AgentOutput', 'action policy_logits baseline'
+)
+# An unroll: `env_outputs` and `agent_outputs` have unroll_length + 1 entries,
+# of which the first is the last of the unroll before; `agent_state` is that
+# before the first entry.
+ActorOutput = collections.namedtuple(
+  'ActorOutput', 'level_name agent_state env_outputs agent_outputs'
+)
+
+
+# --- The agent --------------------------------------------------------------
+
+
+class Agent(snt.Module):
+  """The paper's network (section 5.1 and figure 3), deep or shallow.
+
+  Its input is the environment's output and the action that led to it. The core
+  is an LSTM; its state is reset where an episode begins.
+  """
+
+  def __init__(self, num_actions, torso='deep', name='agent'):
+    """Makes the modules.
+
+    Args:
+      num_actions: int, number of actions to choose from.
+      torso: 'deep' or 'shallow'.
+      name: name of the module.
+    """
+    super().__init__(name)
+    self.num_actions = num_actions
+    self._frame_encoder = {'deep': _DeepEncoder, 'shallow': _ShallowEncoder}[
+      torso
+    ]()
+    self._instruction_encoder = _InstructionEncoder()
+    self._core = snt.LSTM(256, name='core')
+    self._policy = snt.Linear(num_actions, name='policy_logits')
+    self._baseline = snt.Linear(1, name='baseline')
+
+  def initial_state(self, batch_size):
+    """Returns the LSTM's state [batch_size, ...] before the first step."""
+    return self._core.initial_state(batch_size)
+
+  def __call__(self, input_, core_state):
+    """Chooses actions for one step.
+
+    Args:
+      input_: pair of the last action, int32 [B], and a `StepOutput` of
+        [B, ...].
+      core_state: state of the LSTM before the step, [B, ...].
+
+    Returns:
+      `AgentOutput` of int32 [B], float32 [B, num_actions] and float32 [B], and
+      the next state.
+    """
+    last_action, env_output = input_
+    features = self._torso(last_action, env_output)
+    core_output, core_state = self._step_core(
+      (features, env_output.done), core_state
+    )
+    return self._head(core_output), core_state
+
+  def unroll(self, actions, env_outputs, core_state):
+    """Runs the agent over a sequence.
+
+    Args:
+      actions: the actions that led to `env_outputs`, int32 [T, B].
+      env_outputs: `StepOutput` of [T, B, ...].
+      core_state: state of the LSTM before the first step, [B, ...].
+
+    Returns:
+      `AgentOutput` of [T, B, ...], and the last state.
+    """
+    # Everything but the LSTM sees all steps at once.
+    last_action, env_output = tf.nest.map_structure(
+      lambda t: snt.merge_leading_dims(t, 2), (actions, env_outputs)
+    )
+    features = self._torso(last_action, env_output)
+    features = snt.split_leading_dim(features, actions, 2)
+    core_outputs, core_state = snt.dynamic_unroll(
+      self._step_core, (features, env_outputs.done), core_state
+    )
+    outputs = self._head(snt.merge_leading_dims(core_outputs, 2))
+    return (
+      tf.nest.map_structure(
+        lambda t: snt.split_leading_dim(t, actions, 2), outputs
+      ),
+      core_state,
+    )
+
+  def _torso(self, last_action, env_output):
+    """Returns the core's input, float32 [N, features]."""
+    frame, instruction = env_output.observation
+    return tf.concat(
+      [
+        self._frame_encoder(tf.cast(frame, tf.float32) / 255),
+        tf.clip_by_value(env_output.reward, -1, 1)[:, tf.newaxis],
+        tf.one_hot(last_action, self.num_actions),
+        self._instruction_encoder(instruction),
+      ],
+      axis=1,
+    )
+
+  def _step_core(self, inputs, core_state):
+    """One step of the LSTM, from a fresh state where an episode begins."""
+    features, done = inputs
+    fresh = self.initial_state(tf.shape(done)[0])
+    core_state = tf.nest.map_structure(
+      lambda new, old: tf.where(done, new, old), fresh, core_state
+    )
+    return self._core(features, core_state)
+
+  def _head(self, core_output):
+    """Returns the `AgentOutput` for the core's output, [N, features]."""
+    policy_logits = self._policy(core_output)
+    action = tf.random.categorical(policy_logits, 1, dtype=tf.int32)
+    return AgentOutput(
+      action=tf.squeeze(action, 1),
+      policy_logits=policy_logits,
+      baseline=tf.squeeze(self._baseline(core_output), 1),
+    )
+
+
+class _DeepEncoder(snt.Module):
+  """Three sections of a convolution, a pool and two residual blocks."""
+
+  def __init__(self):
+    super().__init__('deep')
+
+    def conv(channels):
+      return snt.Conv2D(channels, 3)
+
+    self._sections = [
+      (conv(channels), [(conv(channels), conv(channels)) for _ in range(2)])
+      for channels in (16, 32, 32)
+    ]
+    self._linear = snt.Linear(256)
+
+  def __call__(self, frame):
+    """Maps float32 [N, height, width, channels] to [N, 256]."""
+    output = frame
+    for conv, blocks in self._sections:
+      output = tf.nn.max_pool2d(conv(output), 3, strides=2, padding='SAME')
+      for first, second in blocks:
+        output += second(tf.nn.relu(first(tf.nn.relu(output))))
+    return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(output))))
+
+
+class _ShallowEncoder(snt.Module):
+  """Two convolutions."""
+
+  def __init__(self):
+    super().__init__('shallow')
+    self._network = snt.Sequential(
+      [
+        snt.Conv2D(16, 8, stride=4),
+        tf.nn.relu,
+        snt.Conv2D(32, 4, stride=2),
+        tf.nn.relu,
+        snt.Flatten(),
+        snt.Linear(256),
+        tf.nn.relu,
+      ]
+    )
+
+  def __call__(self, frame):
+    """Maps float32 [N, height, width, channels] to [N, 256]."""
+    return self._network(frame)
+
+
+class _InstructionEncoder(snt.Module):
+  """An LSTM over the hashed words of the instruction."""
+
+  _NUM_BUCKETS = 1000
+
+  def __init__(self):
+    super().__init__('instruction')
+    self._embedding = snt.Embed(self._NUM_BUCKETS, 20)
+    self._lstm = snt.LSTM(64)
+
+  def __call__(self, instruction):
+    """Maps strings [N] to float32 [N, 64], the LSTM's output at the last word.
+
+    That of an empty instruction is zero.
+    """
+    words = tf.strings.split(instruction, result_type='RaggedTensor')
+    # Sonnet's loop needs a step, even where there are no words at all.
+    padded = tf.pad(words.to_tensor(''), [[0, 0], [0, 1]], constant_values='')
+    buckets = tf.strings.to_hash_bucket_fast(padded, self._NUM_BUCKETS)
+    _, state = snt.dynamic_unroll(
+      self._lstm,
+      tf.transpose(self._embedding(buckets), [1, 0, 2]),
+      self._lstm.initial_state(tf.shape(instruction)[0]),
+      sequence_length=tf.cast(words.row_lengths(), tf.int32),
+    )
+    return state.hidden
+
+
+# --- The actor --------------------------------------------------------------
+
+# What an actor takes from one unroll into the next.
+ActorState = collections.namedtuple(
+  'ActorState', 'agent_state env_state env_output agent_output'
+)
+# The graph of an actor. A run of `initial_state` starts the environment. A run
+# with `state`, placeholders, fed plays one unroll: `output` is what it saw, an
+# `ActorOutput` of [T + 1, ...], and `next_state` what to feed next.
+Actor = collections.namedtuple(
+  'Actor', 'initial_state state output next_state inference_statistics'
+)
+
+
+def build_actor(agent, env, level_name, action_set):
+  """Builds the loop in which an actor plays one unroll.
+
+  Args:
+    agent: `Agent`.
+    env: `FlowEnvironment`.
+    level_name: string scalar, tensor or not.
+    action_set: array [num_actions, ...], what `env.step` takes.
+
+  Returns:
+    `Actor`.
+  """
+
+  @dynamic_batching.batch_fn
+  def infer(last_action, env_output, agent_state):
+    return agent((last_action, env_output), agent_state)
+
+  initial_state = _build_initial_state(agent, env)
+  state = tf.nest.map_structure(
+    lambda t: tf.placeholder(t.dtype, t.shape), initial_state
+  )
+  actions = tf.constant(action_set)
+
+  def step(state, _):
+    agent_output, agent_state = _without_batch(
+      infer(
+        *_with_batch(
+          (
+            state.agent_output.action,
+            # The agent doesn't see the accounts of the episode.
+            state.env_output._replace(info=()),
+            state.agent_state,
+          )
+        )
+      )
+    )
+    env_output, env_state = env.step(
+      tf.gather(actions, agent_output.action), state.env_state
+    )
+    return ActorState(agent_state, env_state, env_output, agent_output)
+
+  # One step after another: each depends on the state that the last returned.
+  states = tf.scan(
+    step, tf.range(FLAGS.unroll_length), state, parallel_iterations=1
+  )
+  env_outputs, agent_outputs = tf.nest.map_structure(
+    lambda first, rest: tf.concat([first[tf.newaxis], rest], axis=0),
+    (state.env_output, state.agent_output),
+    (states.env_output, states.agent_output),
+  )
+  return Actor(
+    initial_state=initial_state,
+    state=state,
+    output=ActorOutput(
+      tf.convert_to_tensor(level_name),
+      state.agent_state,
+      env_outputs,
+      agent_outputs,
+    ),
+    next_state=tf.nest.map_structure(lambda t: t[-1], states),
+    inference_statistics=infer.statistics(),
+  )
+
+
+def _build_initial_state(agent, env):
+  """Starts the environment; no action led to its first observation."""
+  env_output, env_state = env.initial()
+  agent_output = AgentOutput(
+    action=tf.constant(0),
+    policy_logits=tf.zeros([agent.num_actions]),
+    baseline=tf.constant(0.0),
+  )
+  agent_state = _without_batch(agent.initial_state(1))
+  return ActorState(agent_state, env_state, env_output, agent_output)
+
+
+def _with_batch(nest):
+  return tf.nest.map_structure(lambda t: tf.expand_dims(t, 0), nest)
+
+
+def _without_batch(nest):
+  return tf.nest.map_structure(lambda t: tf.squeeze(t, 0), nest)
+
+
+# --- The learner ------------------------------------------------------------
+
+# What an update of the learner tells, scalars. `global_step` is the number of
+# environment frames after the update; a run of it does the update.
+LearnerOutput = collections.namedtuple(
+  'LearnerOutput',
+  'global_step learning_rate total_loss policy_gradient_loss baseline_loss '
+  'entropy gradient_norm',
+)
+
+
+def build_learner(agent, agent_state, env_outputs, agent_outputs):
+  """Builds the loss (section 4.2 of the paper) and its update.
+
+  Args:
+    agent: `Agent`.
+    agent_state: its state before the first entry, [B, ...].
+    env_outputs: `StepOutput` of [T + 1, B, ...].
+    agent_outputs: `AgentOutput` of [T + 1, B, ...], by the behaviour policy.
+
+  Returns:
+    `LearnerOutput`.
+  """
+  learner_outputs, _ = agent.unroll(
+    agent_outputs.action, env_outputs, agent_state
+  )
+  bootstrap_value = learner_outputs.baseline[-1]
+  # The agent's output t came before the environment's output t: after this,
+  # entry t has an action, its reward, and policy and baseline before both.
+  agent_outputs, env_outputs = tf.nest.map_structure(
+    lambda t: t[1:], (agent_outputs, env_outputs)
+  )
+  learner_outputs = tf.nest.map_structure(lambda t: t[:-1], learner_outputs)
+  # Its many small operations are not for an accelerator.
+  with tf.device('/cpu'):
+    vtrace_returns = vtrace.from_logits(
+      behaviour_policy_logits=agent_outputs.policy_logits,
+      target_policy_logits=learner_outputs.policy_logits,
+      actions=agent_outputs.action,
+      discounts=tf.cast(~env_outputs.done, tf.float32) * FLAGS.discounting,
+      rewards=_clip_rewards(env_outputs.reward),
+      values=learner_outputs.baseline,
+      bootstrap_value=bootstrap_value,
+    )
+
+  policy_gradient_loss = -tf.reduce_sum(
+    vtrace.log_probs_from_logits_and_actions(
+      learner_outputs.policy_logits, agent_outputs.action
+    )
+    * vtrace_returns.pg_advantages
+  )
+  baseline_loss = 0.5 * tf.reduce_sum(
+    tf.square(vtrace_returns.vs - learner_outputs.baseline)
+  )
+  entropy = _entropy(learner_outputs.policy_logits)
+  total_loss = (
+    policy_gradient_loss
+    + FLAGS.baseline_cost * baseline_loss
+    - FLAGS.entropy_cost * tf.reduce_sum(entropy)
+  )
+  tf.summary.histogram('action', agent_outputs.action)
+  return _build_update(
+    agent, total_loss, policy_gradient_loss, baseline_loss, entropy
+  )
+
+
+def _clip_rewards(rewards):
+  if FLAGS.reward_clipping == 'abs_one':
+    return tf.clip_by_value(rewards, -1, 1)
+  squeezed = tf.tanh(rewards / 5.0)
+  return tf.where(rewards < 0, 0.3 * squeezed, squeezed) * 5.0
+
+
+def _entropy(policy_logits):
+  """Returns the entropy in nats, [T, B], of policies [T, B, num_actions]."""
+  log_policy = tf.nn.log_softmax(policy_logits)
+  return -tf.reduce_sum(tf.exp(log_policy) * log_policy, axis=-1)
+
+
+def _build_update(
+  agent, total_loss, policy_gradient_loss, baseline_loss, entropy
+):
+  """Builds the step of RMSProp; `LearnerOutput` has its results."""
+  global_step = tf.train.get_or_create_global_step()
+  learning_rate = tf.train.polynomial_decay(
+    FLAGS.learning_rate, global_step, FLAGS.total_environment_frames, 0
+  )
+  optimizer = tf.train.RMSPropOptimizer(
+    learning_rate, FLAGS.decay, FLAGS.momentum, FLAGS.epsilon
+  )
+  variables = agent.trainable_variables
+  gradients = tf.gradients(total_loss, variables)
+  # Checked before anything is changed, so that a loss that is not a number
+  # leaves the variables as they were.
+  gradient_norm = tf.global_norm(gradients)
+  checks = [
+    tf.debugging.check_numerics(total_loss, _NOT_FINITE),
+    tf.debugging.check_numerics(gradient_norm, _NOT_FINITE),
+  ]
+  if FLAGS.max_gradient_norm > 0:
+    gradients, _ = tf.clip_by_global_norm(
+      gradients, FLAGS.max_gradient_norm, use_norm=gradient_norm
+    )
+  with tf.control_dependencies(checks):
+    update = optimizer.apply_gradients(zip(gradients, variables, strict=True))
+  with tf.control_dependencies([update]):
+    step = global_step.assign_add(_frames_per_update(), read_value=True)
+  output = LearnerOutput(
+    global_step=step,
+    learning_rate=learning_rate,
+    total_loss=total_loss,
+    policy_gradient_loss=policy_gradient_loss,
+    baseline_loss=baseline_loss,
+    entropy=tf.reduce_mean(entropy),
+    gradient_norm=gradient_norm,
+  )
+  for name, value in output._asdict().items():
+    if name != 'global_step':
+      tf.summary.scalar(name, value)
+  return output
+
+
+def _frames_per_update():
+  return FLAGS.batch_size * FLAGS.unroll_length * FLAGS.num_action_repeats
+
+
+# --- The way from actors to learner -----------------------------------------
+
+
+class NestQueue:
+  """A `tf.FIFOQueue` of nests of tensors."""
+
+  def __init__(self, capacity, like, name):
+    """Makes a queue for nests with the structure and shapes of `like`."""
+    flat = tf.nest.flatten(like)
+    self._like = like
+    self.queue = tf.FIFOQueue(
+      capacity, [t.dtype for t in flat], [t.shape for t in flat], name=name
+    )
+
+  def enqueue(self, nest):
+    return self.queue.enqueue(tf.nest.flatten(nest))
+
+  def dequeue(self):
+    return self._pack(self.queue.dequeue())
+
+  def dequeue_many(self, count):
+    return self._pack(self.queue.dequeue_many(count))
+
+  def _pack(self, flat):
+    return tf.nest.pack_sequence_as(
+      self._like, flat if isinstance(flat, list) else [flat]
+    )
+
+
+# An unroll on its way; `global_step` is the learner's when it was begun.
+Unroll = collections.namedtuple('Unroll', 'actor_output global_step')
+
+# What an update did and found: the `LearnerOutput`, level_name [B], done and
+# info [T, B], and scalars.
+Update = collections.namedtuple(
+  'Update',
+  'learner level_name done info policy_lag queue_size wait_seconds',
+)
+
+
+def build_staging(queue):
+  """Assembles the next batch while the learner works on the last one.
+
+  Args:
+    queue: `NestQueue` of unrolls.
+
+  Returns:
+    A nest of `Unroll`, its outputs time-major: [T + 1, B, ...]; and the seconds
+    that the learner waited for it.
+  """
+  batch = queue.dequeue_many(FLAGS.batch_size)
+  actor_output = batch.actor_output
+  env_outputs, agent_outputs = tf.nest.map_structure(
+    _swap_leading_dims, (actor_output.env_outputs, actor_output.agent_outputs)
+  )
+  batch = batch._replace(
+    actor_output=actor_output._replace(
+      env_outputs=env_outputs, agent_outputs=agent_outputs
+    )
+  )
+  staged = NestQueue(1, batch, 'staged_batches')
+  tf.train.add_queue_runner(
+    tf.train.QueueRunner(staged.queue, [staged.enqueue(batch)])
+  )
+  begin = tf.timestamp()
+  with tf.control_dependencies([begin]):
+    batch = staged.dequeue()
+  with tf.control_dependencies(tf.nest.flatten(batch)):
+    wait_seconds = tf.timestamp() - begin
+  return batch, wait_seconds
+
+
+def _swap_leading_dims(tensor):
+  rank = tensor.shape.rank
+  return tf.transpose(tensor, [1, 0, *range(2, rank)])
+
+
+def build_training(agent, actor):
+  """Joins actor and learner.
+
+  Returns:
+    The op that plays an unroll and sends it to the learner, the `Update` that
+    takes a batch of them, and the `NestQueue` between both.
+  """
+  with tf.device('/cpu'):
+    unroll = Unroll(actor.output, tf.train.get_global_step().read_value())
+    # As small as can be, for a small lag of the policy and diverse batches.
+    queue = NestQueue(1, unroll, 'unrolls')
+    # Read before the first step of the unroll, as the state is fed.
+    enqueue = queue.enqueue(unroll)
+    batch, wait_seconds = build_staging(queue)
+  output = batch.actor_output
+  learner = build_learner(
+    agent, output.agent_state, output.env_outputs, output.agent_outputs
+  )
+  lag = learner.global_step - _frames_per_update() - batch.global_step
+  return (
+    enqueue,
+    Update(
+      learner=learner,
+      level_name=output.level_name,
+      # The first entry was told as the last one of the unroll before.
+      done=output.env_outputs.done[1:],
+      info=tf.nest.map_structure(lambda t: t[1:], output.env_outputs.info),
+      policy_lag=tf.reduce_mean(tf.cast(lag, tf.float32))
+      / _frames_per_update(),
+      queue_size=queue.queue.size(),
+      wait_seconds=wait_seconds,
+    ),
+    queue,
+  )
+
+
+class ActorLoops(tf.train.SessionRunHook):
+  """Runs the actors, a thread and an environment process each.
+
+  All threads run the one graph of an actor, and differ in what they feed.
+  """
+
+  def __init__(self, actor, index, processes, fetches, take):
+    """Prepares the loops; the session's start starts them.
+
+    Args:
+      actor: `Actor`.
+      index: int placeholder, which actor runs.
+      processes: list of `PyProcess`, one per actor.
+      fetches: nest of tensors and ops to run with each unroll.
+      take: function of the actor's index and the values of `fetches`, called
+        after each unroll; says whether the actor goes on.
+    """
+    self._actor = actor
+    self._index = index
+    self._processes = processes
+    self._fetches = fetches
+    self._take = take
+    self._restarts = [0] * len(processes)
+    self.coord = None
+    self.session = None
+
+  @property
+  def restarts(self):
+    """How many environment processes were restarted."""
+    return sum(self._restarts)
+
+  def begin(self):
+    py_process.start_all(self._processes)
+
+  def after_create_session(self, session, coord):
+    self.session, self.coord = session, coord
+    start = session.make_callable(
+      tf.nest.flatten(self._actor.initial_state), [self._index]
+    )
+    unroll = session.make_callable(
+      [self._fetches, tf.nest.flatten(self._actor.next_state)],
+      [self._index, *tf.nest.flatten(self._actor.state)],
+    )
+    for actor in range(len(self._processes)):
+      thread = threading.Thread(
+        target=self._run, args=(actor, start, unroll), daemon=True
+      )
+      coord.register_thread(thread)
+      thread.start()
+
+  def _run(self, actor, start, unroll):
+    with self.coord.stop_on_exception():
+      state = None
+      while not self.coord.should_stop():
+        try:
+          state = state or start(actor)
+          values, state = unroll(actor, *state)
+        except tf.errors.OpError as error:
+          if self.coord.should_stop():
+            return
+          self._recover(actor, error)
+          # The episode ended unseen; the next one begins.
+          state = None
+        else:
+          if not self._take(actor, values):
+            return
+
+  def _recover(self, actor, error):
+    """Restarts the actor's process if it died, else raises the error."""
+    process = self._processes[actor]
+    exit_code = process.exit_code(timeout=1.0)
+    if exit_code is None:
+      raise error
+    if self._restarts[actor] >= FLAGS.max_environment_restarts:
+      raise py_process.ProcessError(
+        f'The environment process of actor {actor} died again, with '
+        f'{_describe_exit(exit_code)}, after {self._restarts[actor]} restarts '
+        '(--max_environment_restarts).'
+      )
+    self._restarts[actor] += 1
+    logging.warning(
+      'The environment process of actor %d died with %s: restart %d of at '
+      'most %d.',
+      actor,
+      _describe_exit(exit_code),
+      self._restarts[actor],
+      FLAGS.max_environment_restarts,
+    )
+    # Another seed, or it would play the same episodes again.
+    process.restart(seed=_environment_seed(actor, self._restarts[actor]))
+
+
+def _describe_exit(exit_code):
+  if exit_code >= 0:
+    return f'exit code {exit_code}'
+  return f'exit code {exit_code} ({signal.Signals(-exit_code).name})'
+
+
+def _environment_seed(actor, restart=0):
+  """Returns a seed, int32, that differs between actors, restarts and runs."""
+  sequence = np.random.SeedSequence([FLAGS.seed, actor, restart])
+  return int(sequence.generate_state(1)[0] >> 1)
+
+
+# --- Metrics ----------------------------------------------------------------
+
+
+class Metrics:
+  """Collects what the learner and the actors do, and reports it."""
+
+  def __init__(self, logdir, levels, loops, inference_statistics):
+    self._writer = tf.summary.FileWriterCache.get(logdir)
+    self._levels = levels
+    self._loops = loops
+    self._inference_statistics = inference_statistics
+    self._lock = threading.Lock()
+    self._episodes = {
+      level: collections.deque(maxlen=_EPISODES) for level in levels
+    }
+    # Since the last time that all levels had one, for the suite's score.
+    self._returns = collections.defaultdict(list)
+    self._last_inference = np.zeros(3)
+    self._begin_period()
+    self.global_step = None
+
+  def add(self, update):
+    """Takes the values of an `Update`."""
+    with self._lock:
+      self._updates.append(update)
+      self.global_step = int(update.learner.global_step)
+    # One row per unroll.
+    for name, done, returns, steps in zip(
+      update.level_name,
+      update.done.T,
+      update.info.episode_return.T,
+      update.info.episode_step.T,
+      strict=True,
+    ):
+      for i in np.flatnonzero(done):
+        self._add_episode(six.ensure_str(name), returns[i], steps[i])
+
+  def latest_return(self):
+    """Returns the mean return of the last episodes, None before the first."""
+    returns = [r for episodes in self._episodes.values() for r, _ in episodes]
+    return np.mean(returns) if returns else None
+
+  def report(self, session):
+    """Writes the metrics of the period that ends now.
+
+    Args:
+      session: to read the statistics of the inference with.
+
+    Returns:
+      The same for people, a list of lines.
+    """
+    inference = np.array(session.run(self._inference_statistics))
+    with self._lock:
+      updates, seconds = self._updates, time.monotonic() - self._begin
+      self._begin_period()
+    batches, requests, waited = inference - self._last_inference
+    self._last_inference = inference
+    if not updates:
+      return ['No update of the learner in this period.']
+    frames = len(updates) * _frames_per_update()
+    values = {
+      'environment_frames_per_second': frames / seconds,
+      'agent_steps_per_second': frames / FLAGS.num_action_repeats / seconds,
+      'learner_updates_per_second': len(updates) / seconds,
+      'learner_wait_share': sum(u.wait_seconds for u in updates) / seconds,
+      'queue_size': np.mean([u.queue_size for u in updates]),
+      'policy_lag_updates': np.mean([u.policy_lag for u in updates]),
+      'inference_batch_size': requests / max(batches, 1),
+      'inference_wait_seconds': waited / max(requests, 1),
+      'environment_restarts': self._loops.restarts,
+    }
+    for level, episodes in self._episodes.items():
+      if episodes:
+        mean_return, mean_steps = np.mean(episodes, axis=0)
+        values[f'{level}/mean_return'] = mean_return
+        values[f'{level}/mean_frames'] = mean_steps * FLAGS.num_action_repeats
+    self._write(values)
+    return self._lines(values, updates[-1].learner)
+
+  def _begin_period(self):
+    self._begin = time.monotonic()
+    self._updates = []
+
+  def _add_episode(self, level, episode_return, steps):
+    self._episodes[level].append((episode_return, steps))
+    self._returns[level].append(episode_return)
+    values = {
+      f'{level}/episode_return': episode_return,
+      f'{level}/episode_frames': steps * FLAGS.num_action_repeats,
+    }
+    if FLAGS.level_name == 'dmlab30' and len(self._returns) == len(
+      self._levels
+    ):
+      score = functools.partial(
+        dmlab30.compute_human_normalized_score, self._returns
+      )
+      values['dmlab30/training_no_cap'] = score(per_level_cap=None)
+      values['dmlab30/training_cap_100'] = score(per_level_cap=100)
+      self._returns.clear()
+    self._write(values)
+
+  def _write(self, values):
+    self._writer.add_summary(
+      tf.Summary(
+        value=[
+          tf.Summary.Value(tag=tag, simple_value=value)
+          for tag, value in values.items()
+        ]
+      ),
+      self.global_step,
+    )
+
+  def _lines(self, values, learner):
+    value = values.__getitem__
+    played = [level for level in self._levels if self._episodes[level]]
+    lines = [
+      f'{level}: return {value(level + "/mean_return"):.2f}, '
+      f'{value(level + "/mean_frames"):.0f} frames (mean of the last '
+      f'{len(self._episodes[level])} episodes)'
+      for level in played
+    ]
+    return [
+      *(lines or ['No episode ended yet.']),
+      f'actors: {value("environment_frames_per_second"):.0f} environment '
+      f'frames/s, {value("agent_steps_per_second"):.0f} agent steps/s, '
+      f'inference batch {value("inference_batch_size"):.1f} after '
+      f'{1000 * value("inference_wait_seconds"):.1f} ms, '
+      f'{value("environment_restarts")} environment restarts',
+      f'learner: {value("learner_updates_per_second"):.2f} updates/s, waits '
+      f'for data {value("learner_wait_share"):.0%} of the time, queue '
+      f'{value("queue_size"):.1f} of 1 unroll, policy lag '
+      f'{value("policy_lag_updates"):.1f} updates',
+      f'losses: total {learner.total_loss:.3g}, policy gradient '
+      f'{learner.policy_gradient_loss:.3g}, baseline '
+      f'{learner.baseline_loss:.3g}, entropy {learner.entropy:.3f}, '
+      f'gradient norm {learner.gradient_norm:.3g}, learning rate '
+      f'{learner.learning_rate:.3g}',
+    ]
+
+
+class Console:
+  """Shows progress: a live line on a terminal, else a line with each report."""
+
+  def __init__(self, frames):
+    self._bar = tqdm.tqdm(
+      total=FLAGS.total_environment_frames,
+      initial=frames,
+      unit=' frames',
+      unit_scale=True,
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+    )
+    self._last = (time.monotonic(), frames)
+
+  def progress(self, frames, latest_return):
+    if latest_return is not None:
+      self._bar.set_postfix_str(f'return {latest_return:.2f}', refresh=False)
+    self._bar.update(frames - self._bar.n)
+
+  def report(self, frames, lines):
+    now, total = time.monotonic(), FLAGS.total_environment_frames
+    begin, begin_frames = self._last
+    self._last = (now, frames)
+    rate = (frames - begin_frames) / (now - begin)
+    left = tqdm.tqdm.format_interval((total - frames) / rate) if rate else '?'
+    self.say(
+      f'{frames / total:.1%} of {total:,} frames, {rate:,.0f} frames/s, '
+      f'{left} left'
+    )
+    for line in lines:
+      self.say('  ' + line)
+
+  def say(self, line):
+    if self._bar.disable:
+      print(line, flush=True)
+    else:
+      self._bar.write(line)
+
+  def close(self):
+    self._bar.close()
+
+
+# --- Training ---------------------------------------------------------------
+
+
+class UserError(Exception):
+  """A mistake of the user, told in one sentence."""
+
+
+# What is played: the class of the levels' family, the levels' names for people
+# and for the environments, and what `describe` told of them.
+Game = collections.namedtuple('Game', 'family names levels settings spec')
+
+
+def _choose_game():
+  """Finds out what the flags ask to play; raises UserError if it can't be."""
+  is_test = FLAGS.mode == 'test'
+  names = [FLAGS.level_name]
+  if FLAGS.level_name == 'dmlab30':
+    names = list(
+      dmlab30.LEVEL_MAPPING.values() if is_test else dmlab30.LEVEL_MAPPING
+    )
+  suite = {*dmlab30.LEVEL_MAPPING, *dmlab30.LEVEL_MAPPING.values()}
+  levels = [
+    f'contributed/dmlab30/{name}' if name in suite else name for name in names
+  ]
+  settings = environments.Settings(
+    height=FLAGS.height if FLAGS['height'].present else None,
+    width=FLAGS.width if FLAGS['width'].present else None,
+    num_action_repeats=FLAGS.num_action_repeats,
+    dataset_path=FLAGS.dataset_path,
+    level_cache_dir=os.path.expanduser(FLAGS.level_cache_dir),
+    is_test=is_test,
+  )
+  family = environments.family_of(levels[0])
+  try:
+    specs = [family.describe(level, settings) for level in levels]
+  except ValueError as error:
+    raise UserError(str(error)) from None
+  return Game(family, names, levels, settings, specs[0])
+
+
+def _create_processes(game, num_actors):
+  """Returns a `PyProcess` per actor; levels are assigned round-robin."""
+  return [
+    game.family.create(
+      game.levels[actor % len(game.levels)],
+      _environment_seed(actor),
+      game.settings,
+      game.spec,
+    )
+    for actor in range(num_actors)
+  ]
+
+
+@contextlib.contextmanager
+def _new_graph():
+  """A graph whose parts read each variable once per run, not once per use."""
+
+  def cached(next_creator, **kwargs):
+    return next_creator(**{**kwargs, 'caching_device': lambda op: op.device})
+
+  with tf.Graph().as_default():
+    tf.set_random_seed(FLAGS.seed)
+    tf.train.get_or_create_global_step()
+    with tf.variable_creator_scope(cached):
+      yield
+
+
+def _build_actor_for(game, agent, processes):
+  """Builds the one graph of all actors, and the placeholder of their index."""
+  index = tf.placeholder(tf.int32, [], 'actor')
+  env = environments.FlowEnvironment(py_process.choose(processes, index))
+  level_name = tf.constant(game.names)[index % len(game.names)]
+  return build_actor(agent, env, level_name, game.spec.action_set), index
+
+
+def _session_config(num_actors):
+  config = tf.ConfigProto(allow_soft_placement=True)
+  # Large convolutions of the learner hold a thread each for long: with more
+  # threads than cores, the actors' small operations needn't wait for them.
+  config.inter_op_parallelism_threads = (os.cpu_count() or 1) + 6
+  if not py_process.has_library():
+    config.inter_op_parallelism_threads += num_actors
+  return config
+
+
+def _check_checkpoint():
+  """Raises UserError if the log directory holds another agent's checkpoint."""
+  checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+  if checkpoint is None:
+    return
+  theirs = dict(tf.train.list_variables(checkpoint))
+  for variable in tf.global_variables():
+    name, ours = variable.op.name, variable.shape.as_list()
+    if theirs.get(name) != ours:
+      raise UserError(
+        f'{FLAGS.logdir} holds the checkpoint of another agent: its {name} is '
+        f'{theirs.get(name, "missing")}, here it is {ours}. Give another '
+        '--logdir, or the --level_name, --torso, --height and --width that it '
+        'was trained with.'
+      )
+
+
+def _make_logdir():
+  try:
+    os.makedirs(FLAGS.logdir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=FLAGS.logdir):
+      pass
+  except OSError as error:
+    raise UserError(
+      f'--logdir={FLAGS.logdir} can not be written ({error.strerror}): give a '
+      'folder that can.'
+    ) from None
+
+
+def train():
+  """Trains on this machine until the last frame, an error, or a signal."""
+  game = _choose_game()
+  with _new_graph(), _stop_signals() as stop_signals:
+    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    processes = _create_processes(game, FLAGS.num_actors)
+    actor, index = _build_actor_for(game, agent, processes)
+    enqueue, update, queue = build_training(agent, actor)
+    _check_checkpoint()
+    _make_logdir()
+    loops = ActorLoops(
+      actor, index, processes, enqueue, lambda actor, values: True
+    )
+    metrics = Metrics(
+      FLAGS.logdir, game.names, loops, actor.inference_statistics
+    )
+    close_queue = queue.queue.close(cancel_pending_enqueues=True)
+    try:
+      with tf.train.MonitoredTrainingSession(
+        checkpoint_dir=FLAGS.logdir,
+        save_checkpoint_secs=FLAGS.save_checkpoint_secs,
+        save_summaries_secs=_REPORT_SECONDS,
+        save_summaries_steps=None,
+        log_step_count_steps=None,
+        stop_grace_period_secs=5,
+        config=_session_config(FLAGS.num_actors),
+        hooks=[loops],
+      ) as session:
+        learner = threading.Thread(
+          target=_run_learner, args=(session, update, metrics, loops.coord)
+        )
+        learner.start()
+        _watch(loops, metrics, stop_signals)
+        # Wakes whoever waits for the queue; an update under way is finished.
+        loops.coord.request_stop()
+        loops.session.run(close_queue)
+        learner.join()
+        py_process.close_all(processes)
+    finally:
+      py_process.close_all(processes)
+
+
+def _run_learner(session, update, metrics, coord):
+  """Updates until the last frame, or until somebody stops."""
+  with coord.stop_on_exception():
+    while not coord.should_stop():
+      try:
+        metrics.add(session.run(update))
+      except tf.errors.OutOfRangeError:  # The queue was closed.
+        break
+      if metrics.global_step >= FLAGS.total_environment_frames:
+        break
+  coord.request_stop()
+
+
+def _watch(loops, metrics, stop_signals):
+  """Shows the progress until the training stops, or a signal comes."""
+  metrics.global_step = int(loops.session.run(tf.train.get_global_step()))
+  console = Console(metrics.global_step)
+  next_report = time.monotonic() + _REPORT_SECONDS
+  # Short waits, since a signal is handled between two of them.
+  while not loops.coord.wait_for_stop(timeout=0.5):
+    if stop_signals:
+      console.say(
+        f'{stop_signals[0].name}: saving a checkpoint, then ending. '
+        'Once more ends at once.'
+      )
+      break
+    console.progress(metrics.global_step, metrics.latest_return())
+    if time.monotonic() >= next_report:
+      next_report += _REPORT_SECONDS
+      console.report(metrics.global_step, metrics.report(loops.session))
+  console.close()
+
+
+@contextlib.contextmanager
+def _stop_signals():
+  """Collects SIGINT and SIGTERM in a list; the second one ends the program."""
+  received = []
+
+  def receive(number, _):
+    if received:
+      # Environment processes notice by themselves.
+      os._exit(128 + number)
+    received.append(signal.Signals(number))
+
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  previous = [signal.signal(number, receive) for number in numbers]
+  try:
+    yield received
+  finally:
+    for number, handler in zip(numbers, previous, strict=True):
+      signal.signal(number, handler)
+
+
+# --- Test -------------------------------------------------------------------
+
+
+def test():
+  """Plays --test_num_episodes on each level with the last checkpoint."""
+  checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+  if checkpoint is None:
+    raise UserError(
+      f'{FLAGS.logdir} holds no checkpoint to test: give the --logdir of a '
+      'training.'
+    )
+  game = _choose_game()
+  with _new_graph(), _stop_signals() as stop_signals:
+    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    # One for each level: it can't favour short episodes, as the first to finish
+    # of several would.
+    processes = _create_processes(game, len(game.levels))
+    actor, index = _build_actor_for(game, agent, processes)
+    _check_checkpoint()
+    returns = {name: [] for name in game.names}
+    outputs = actor.output.env_outputs
+
+    def take(actor, values):
+      done, episode_returns = values
+      episodes = returns[game.names[actor]]
+      # The first entry was seen as the last of the unroll before.
+      episodes.extend(episode_returns[1:][done[1:]])
+      del episodes[FLAGS.test_num_episodes :]
+      return len(episodes) < FLAGS.test_num_episodes
+
+    loops = ActorLoops(
+      actor,
+      index,
+      processes,
+      (outputs.done, outputs.info.episode_return),
+      take,
+    )
+    try:
+      with tf.train.MonitoredSession(
+        tf.train.ChiefSessionCreator(
+          config=_session_config(len(processes)),
+          checkpoint_filename_with_path=checkpoint,
+        ),
+        hooks=[loops],
+        stop_grace_period_secs=5,
+      ):
+        _watch_test(loops, returns, stop_signals)
+        loops.coord.request_stop()
+        py_process.close_all(processes)
+    finally:
+      py_process.close_all(processes)
+  _print_returns(returns)
+
+
+def _watch_test(loops, returns, stop_signals):
+  """Shows the progress until all episodes are played, or a signal comes."""
+  total = len(returns) * FLAGS.test_num_episodes
+  with tqdm.tqdm(
+    total=total, unit=' episodes', disable=not sys.stderr.isatty()
+  ) as bar:
+    while bar.n < total and not stop_signals:
+      if loops.coord.wait_for_stop(timeout=0.2):
+        break
+      bar.update(sum(map(len, returns.values())) - bar.n)
+
+
+def _print_returns(returns):
+  for name, episodes in returns.items():
+    if not episodes:
+      print(f'{name}: no episode ended')
+      continue
+    deviation = np.std(episodes, ddof=1) if len(episodes) > 1 else np.nan
+    print(
+      f'{name}: return {np.mean(episodes):.2f} +- '
+      f'{deviation / np.sqrt(len(episodes)):.2f} (mean and standard error of '
+      f'{len(episodes)} episodes), minimum {np.min(episodes):.2f}, maximum '
+      f'{np.max(episodes):.2f}'
+    )
+  if FLAGS.level_name == 'dmlab30' and all(returns.values()):
+    for title, cap in (('no cap', None), ('capped at 100', 100)):
+      score = dmlab30.compute_human_normalized_score(returns, cap)
+      print(f'dmlab30: human-normalised score {score:.2f} ({title})')
+
+
+# --- Main -------------------------------------------------------------------
+
+
+def _check_flags():
+  """Raises UserError if the flags make no sense together."""
+  if FLAGS.task != -1 or FLAGS['job_name'].present:
+    raise UserError(
+      'Training on several machines (--task, --job_name) is not built yet: '
+      'leave both out to train on this one.'
+    )
+
+
+def main(_):
+  tf.logging.set_verbosity(
+    tf.logging.INFO if FLAGS.verbosity > 0 else tf.logging.ERROR
+  )
+  try:
+    _check_flags()
+    {'train': train, 'test': test}[FLAGS.mode]()
+  except UserError as error:
+    sys.exit(_fail(error))
+
+
+def _fail(error):
+  """Prints one line about a mistake of the user; returns the exit code."""
+  print(f'experiment.py: {error}', file=sys.stderr)
+  return 2
+
+
+def _parse_flags(argv):
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(_fail(error))
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=_parse_flags)
