@@ -1076,16 +1076,10 @@ def _create_processes(game, num_actors):
 
 @contextlib.contextmanager
 def _new_graph():
-  """A graph whose parts read each variable once per run, not once per use."""
-
-  def cached(next_creator, **kwargs):
-    return next_creator(**{**kwargs, 'caching_device': lambda op: op.device})
-
   with tf.Graph().as_default():
     tf.set_random_seed(FLAGS.seed)
     tf.train.get_or_create_global_step()
-    with tf.variable_creator_scope(cached):
-      yield
+    yield
 
 
 def _build_actor_for(game, agent, processes):
