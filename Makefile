@@ -1,10 +1,58 @@
-PYTHON ?= python3
-CXX ?= g++
+# make train   sets everything up, trains on ViZDoom, tests the agent, draws a
+#              learning curve (GPU=1: with TensorFlow's CUDA build)
+# make test    sets everything up, checks the style, runs all tests
+# make ops     builds the TensorFlow operations
+#
+# The set-up is a virtual environment in .venv. To use a Python of your own that
+# has requirements.txt installed, say so: make ops PYTHON=python3
+
+VENV = .venv
+ifeq ($(origin PYTHON), undefined)
+PYTHON = $(VENV)/bin/python
+INSTALLED = $(VENV)/installed
+endif
+
+REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
 OPS = dynamic_batching_ops.so py_process_ops.so
+LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
+
+# VizdoomBasic: find the monster, shoot it. Some five minutes on two cores.
+QUICK_START = --level_name=gym:VizdoomBasic-v1 --torso=shallow
+
+.PHONY: train test ops lint benchmark clean
+.DELETE_ON_ERROR:
+
+train: ops
+	$(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR)
+	$(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR) --mode=test
+	$(PYTHON) plot.py $(LOGDIR)
+
+test: ops lint
+	$(PYTHON) -m pytest
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m clang_format --dry-run --Werror *.cc
 
 ops: $(OPS)
 
-%.so: %.cc
-	$(CXX) -std=c++17 -O2 -Wall -Wno-deprecated-declarations -shared -fPIC $< -o $@.tmp \
-	  $$($(PYTHON) -c 'import tensorflow as tf; print(*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags())' 2>/dev/null)
+# Built anew after an installation: it may have brought another TensorFlow.
+%.so: %.cc $(INSTALLED)
+	$(CXX) -std=c++17 -O2 -Wall -Wno-deprecated-declarations -shared -fPIC \
+	  $< -o $@.tmp $(shell $(PYTHON) -c "import tensorflow as tf; \
+	  flags = tf.sysconfig.get_compile_flags() + tf.sysconfig.get_link_flags(); \
+	  print(' '.join(flags).replace('-I', '-isystem '))" 2>/dev/null)
 	mv $@.tmp $@
+
+$(VENV)/installed: requirements.txt requirements-dev.txt requirements-gpu.txt
+	@python3 -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(None if (3, 10) <= v <= (3, 13) else \
+	  "Python 3.10 to 3.13 is needed, python3 is %d.%d." % v)'
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check \
+	  -r $(REQUIREMENTS) -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -f $(OPS)

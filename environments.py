@@ -1,4 +1,4 @@
-# Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """Environments: plain Python classes, and their face in the graph.
 
 A level name belongs to a family, one class each; `FAMILIES` says which. A
@@ -30,7 +30,10 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import tempfile
+import uuid
+import warnings
 
 import numpy as np
 
@@ -70,19 +73,19 @@ def _size(settings, height, width):
   return (settings.height or height, settings.width or width)
 
 
-def _observation_specs(frame_shape):
-  return (
+def _specs(method_name, frame_shape):
+  """Returns what a method of a family returns, for its `_tensor_specs`."""
+  observation = (
     py_process.ArraySpec(tuple(frame_shape), np.uint8),
     py_process.ArraySpec((), object),
   )
-
-
-def _step_specs(frame_shape):
-  return (
-    py_process.ArraySpec((), np.float32),
-    py_process.ArraySpec((), np.bool_),
-    _observation_specs(frame_shape),
-  )
+  reward = py_process.ArraySpec((), np.float32)
+  done = py_process.ArraySpec((), np.bool_)
+  return {
+    'initial': observation,
+    'step': (reward, done, observation),
+    'close': (),
+  }[method_name]
 
 
 # --- DeepMind Lab -----------------------------------------------------------
@@ -119,7 +122,6 @@ class LocalLevelCache:
 
   def __init__(self, cache_dir):
     self._cache_dir = cache_dir
-    os.makedirs(cache_dir, exist_ok=True)
 
   def fetch(self, key, pk3_path):
     """Copies the map `key` to the file `pk3_path`; returns whether it could."""
@@ -136,17 +138,14 @@ class LocalLevelCache:
       return
     # Another process may read or write the same key: it must see all or nothing
     # of the file, and a full disk must not end the training.
-    temporary = None
+    temporary = f'{path}.{uuid.uuid4().hex}'
     try:
-      with tempfile.NamedTemporaryFile(
-        dir=self._cache_dir, delete=False
-      ) as file:
-        temporary = file.name
+      os.makedirs(self._cache_dir, exist_ok=True)
       shutil.copyfile(pk3_path, temporary)
       os.replace(temporary, path)
     except OSError as error:
       logging.getLogger(__name__).warning('Map not cached: %s', error)
-      with contextlib.suppress(OSError, TypeError):
+      with contextlib.suppress(OSError):
         os.unlink(temporary)
 
 
@@ -201,7 +200,7 @@ class PyProcessDmLab:
     return self._observation()
 
   def step(self, action):
-    """Repeats `action`, an array [7], and returns (reward, done, observation)."""
+    """Repeats `action`, an array [7]; returns (reward, done, observation)."""
     reward = self._env.step(
       np.asarray(action, np.intc), num_steps=self._num_action_repeats
     )
@@ -221,12 +220,10 @@ class PyProcessDmLab:
   @staticmethod
   def _tensor_specs(method_name, kwargs, constructor_kwargs):
     del kwargs
-    config = constructor_kwargs['config']
-    frame_shape = (int(config['height']), int(config['width']), 3)
-    return {
-      'initial': _observation_specs,
-      'step': _step_specs,
-    }[method_name](frame_shape)
+    # DeepMind Lab's own size, where none is asked for, is 320x240.
+    size = {'height': 240, 'width': 320, **constructor_kwargs['config']}
+    frame_shape = (int(size['height']), int(size['width']), 3)
+    return _specs(method_name, frame_shape)
 
   @staticmethod
   def describe(level, settings):
@@ -300,20 +297,24 @@ class GymEnvironment:
       seed: int, of the environment's random numbers.
       height: of the frame, in pixels.
       width: of the frame, in pixels.
-      num_channels: of the frame, as `describe` found; for `_tensor_specs`.
+      num_channels: of the frame, as `describe` found; None in its own process.
       is_test: whether episodes are played for evaluation.
 
     Raises:
       ValueError: observations or actions are not as needed.
     """
-    del num_channels
     for module in self.MODULES:
       importlib.import_module(module)
+    # Many processes share the cores: none needs OpenCV's pool of threads.
+    sys.modules['cv2'].setNumThreads(1)
     self._num_action_repeats = num_action_repeats
     self._size = (height, width)
     self._is_test = is_test
     self._seed = seed
-    self._env = self._make(level)
+    with warnings.catch_warnings():
+      if num_channels is not None:  # The process of `describe` showed them.
+        warnings.simplefilter('ignore')
+      self._env = self._make(level)
     self._image_key = self._find_image(self._env.observation_space)
     self._actions = self._find_actions(self._env.action_space)
 
@@ -325,7 +326,7 @@ class GymEnvironment:
     return self._observation(observation)
 
   def step(self, action):
-    """Repeats `action`, an int, and returns (reward, done, observation)."""
+    """Repeats `action`, an int; returns (reward, done, observation)."""
     total_reward = 0.0
     for _ in range(self._num_action_repeats):
       observation, reward, terminated, truncated, info = self._env.step(
@@ -396,18 +397,19 @@ class GymEnvironment:
       return None
     if isinstance(space, spaces.Dict):
       for key in [*self._IMAGE_KEYS, *space]:
-        if key in space.keys() and is_image(space[key]):
+        if key in space.spaces and is_image(space[key]):
           return key
+    observations = ' '.join(str(space).split())
     raise ValueError(
-      'It shows no image: a uint8 array [height, width] or [height, width, '
-      f'channels], alone or in a dict, is needed, but it has {space}.'
+      'it shows no image, which is a uint8 array [height, width] or [height, '
+      f'width, channels], alone or in a dict, but {observations}'
     )
 
   def _find_actions(self, space):
     from gymnasium import spaces
 
     if not isinstance(space, spaces.Discrete):
-      raise ValueError(f'Its actions must be Discrete, but are {space}.')
+      raise ValueError(f'its actions must be Discrete, but are {space}')
     return np.arange(space.start, space.start + space.n, dtype=np.int32)
 
   @classmethod
@@ -426,11 +428,7 @@ class GymEnvironment:
     frame_shape = [
       constructor_kwargs[name] for name in ('height', 'width', 'num_channels')
     ]
-    return {
-      'initial': _observation_specs,
-      'step': _step_specs,
-      'close': lambda frame_shape: (),
-    }[method_name](frame_shape)
+    return _specs(method_name, frame_shape)
 
   @classmethod
   def describe(cls, level, settings):
@@ -441,7 +439,10 @@ class GymEnvironment:
       action_set, frame_shape = probe.call('properties')
     except py_process.ProcessError as error:
       reason = str(error).strip().splitlines()[-1]
-      raise ValueError(f'Level {level!r} can not be played: {reason}') from None
+      reason = reason.removeprefix('ValueError: ').rstrip('.')
+      raise ValueError(
+        f'Level {level!r} can not be played: {reason}.'
+      ) from None
     finally:
       probe.close()
     return EnvironmentSpec(action_set, tuple(int(n) for n in frame_shape))
@@ -497,8 +498,8 @@ class AtariEnvironment(GymEnvironment):
   """An Atari game with the paper's preprocessing (appendix G, table G.1).
 
   Frames are the grey maximum of the last two, 84x84, four stacked as channels.
-  A game starts with 1-30 no-ops. In training the loss of a life ends the episode
-  (the game goes on); when tested, the whole game is one.
+  A game starts with 1-30 no-ops. In training the loss of a life ends the
+  episode (the game goes on); when tested, the whole game is one.
   """
 
   MODULES = (*GymEnvironment.MODULES, 'ale_py')

@@ -1,4 +1,4 @@
-# Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """IMPALA: importance weighted actor-learner architectures (arXiv 1802.01561).
 
 Actors play environments with a slightly old policy and send unrolls to a

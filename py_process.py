@@ -1,4 +1,4 @@
-# Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """Runs a Python object in a process of its own, as TensorFlow operations.
 
   process = py_process.PyProcess(Counter, start=3)
@@ -74,6 +74,7 @@ _COLLECTION = 'py_process_processes'
 _LIBRARY = os.path.join(
   os.path.dirname(os.path.abspath(__file__)), 'py_process_ops.so'
 )
+_WORD = struct.Struct('<q')
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
 
 # linux/prctl.h
@@ -128,22 +129,19 @@ class _Memory:
 
   def write(self, string, arrays):
     """Writes a message and returns its size in bytes."""
-    chunks = [_word(len(string)), string, _word(len(arrays))]
+    chunks = [_string_chunk(string), _word(len(arrays))]
     for array in arrays:
       chunks += _array_chunks(array)
-    size = sum(map(_padded, map(len, chunks)))
-    self._reserve(size)
-    position = 0
-    for chunk in chunks:
-      self._map[position : position + len(chunk)] = chunk
-      position += _padded(len(chunk))
-    return size
+    message = b''.join(chunks)
+    self._reserve(len(message))
+    self._map[: len(message)] = message
+    return len(message)
 
   def read(self, size):
     """Returns the string and the arrays of a message of `size` bytes."""
     self._reserve(size)
     reader = _Reader(self._map)
-    string = reader.bytes()
+    string = reader.string()
     return string, [reader.array() for _ in range(reader.word())]
 
   def close(self):
@@ -169,10 +167,15 @@ class _Reader:
     self._position = 0
 
   def word(self):
-    return struct.unpack('<q', self._take(8))[0]
+    (value,) = _WORD.unpack_from(self._buffer, self._position)
+    self._position += 8
+    return value
 
-  def bytes(self):
-    return self._take(self.word())
+  def string(self):
+    size = self.word()
+    begin = self._position
+    self._position += size + _padding(size)
+    return self._buffer[begin : begin + size]
 
   def array(self):
     number = self.word()
@@ -180,43 +183,45 @@ class _Reader:
     if number == _STRING:
       array = np.empty(shape, dtype=object)
       for index in np.ndindex(*shape):
-        array[index] = self.bytes()
+        array[index] = self.string()
     else:
       dtype = _DTYPES_BY_NUMBER[number]
-      count = int(np.prod(shape, dtype=np.int64))
-      # bytearray: the caller may write to what it gets.
-      data = bytearray(self._take(count * dtype.itemsize))
-      array = np.frombuffer(data, dtype).reshape(shape)
+      array = np.ndarray(shape, dtype, self._buffer, self._position).copy()
+      self._position += array.nbytes + _padding(array.nbytes)
     return array if shape else array[()]
 
-  def _take(self, size):
-    begin = self._position
-    self._position += _padded(size)
-    return self._buffer[begin : begin + size]
 
-
-def _padded(size):
-  return (size + 7) // 8 * 8
+def _padding(size):
+  return -size % 8
 
 
 def _word(value):
-  return struct.pack('<q', value)
+  return _WORD.pack(value)
+
+
+def _string_chunk(string):
+  """Returns the piece of a message that holds a string."""
+  if isinstance(string, str):
+    string = string.encode()
+  elif not isinstance(string, bytes):
+    raise TypeError(f'A {type(string).__name__} can not be sent.')
+  return _word(len(string)) + string + bytes(_padding(len(string)))
 
 
 def _array_chunks(array):
   """Returns the pieces of a message that hold an array."""
-  is_string = array.dtype.kind in 'OSU'
-  number = _STRING if is_string else _DTYPES.get(array.dtype)
+  header = _array_header(array.dtype, array.shape)
+  if array.dtype.kind in 'OSU':
+    return [header, *map(_string_chunk, array.flat)]
+  return [header, np.ascontiguousarray(array), bytes(_padding(array.nbytes))]
+
+
+@functools.lru_cache
+def _array_header(dtype, shape):
+  number = _STRING if dtype.kind in 'OSU' else _DTYPES.get(dtype)
   if number is None:
-    raise TypeError(f'Arrays of dtype {array.dtype} can not be sent.')
-  header = struct.pack(f'<{2 + array.ndim}q', number, array.ndim, *array.shape)
-  if not is_string:
-    return [header, array.tobytes()]
-  chunks = [header]
-  for string in array.reshape(-1):
-    encoded = string.encode() if isinstance(string, str) else bytes(string)
-    chunks += [_word(len(encoded)), encoded]
-  return chunks
+    raise TypeError(f'Arrays of dtype {dtype} can not be sent.')
+  return struct.pack(f'<{2 + len(shape)}q', number, len(shape), *shape)
 
 
 class _Channel:
@@ -238,7 +243,7 @@ class _Channel:
     bell = self._connection.recv(8)
     if not bell:
       raise EOFError
-    return self._memory.read(struct.unpack('<q', bell)[0])
+    return self._memory.read(*_WORD.unpack(bell))
 
   def hang_up(self):
     with contextlib.suppress(OSError):
@@ -266,7 +271,7 @@ def _work(channel, payload):
     cls, args, kwargs = pickle.loads(payload)
     target = cls(*args, **kwargs)
   except Exception:  # Whatever the class raises belongs to the caller.
-    channel.send(traceback.format_exc().encode())
+    channel.send(_traceback())
     return 1
   channel.send(b'')
   try:
@@ -274,16 +279,18 @@ def _work(channel, payload):
       method, (dtypes, *arguments) = channel.receive()
       try:
         result = getattr(target, method.decode())(*arguments)
-        results = _to_arrays(result, dtypes)
-      except Exception:
-        channel.send(traceback.format_exc().encode())
-      else:
-        channel.send(b'', results)
+        channel.send(b'', _to_arrays(result, dtypes.tolist()))
+      except Exception:  # As above, and what can't be sent.
+        channel.send(_traceback())
   except (EOFError, ConnectionError):  # The program hung up or is gone.
     pass
   if hasattr(target, 'close'):
     target.close()
   return 0
+
+
+def _traceback():
+  return traceback.format_exc().encode(errors='backslashreplace')
 
 
 def _to_arrays(result, dtypes):
@@ -303,11 +310,17 @@ def _to_arrays(result, dtypes):
 def _to_array(leaf, number):
   """Returns a leaf as an array of the promised dtype.
 
-  Python's numbers have no dtype of their own and take the promised one; arrays
-  are sent as they are, so that a wrong dtype is reported and not hidden.
+  Python's numbers have no dtype of their own and take the promised one if that
+  loses nothing; arrays are sent as they are, so that a wrong dtype is reported
+  and not hidden.
   """
-  if isinstance(leaf, (bool, int, float)) and number != _STRING:
-    return np.asarray(leaf, _DTYPES_BY_NUMBER[number])
+  if isinstance(leaf, (bool, int, float)):
+    dtype = _DTYPES_BY_NUMBER.get(number)
+    fits = dtype is not None and (
+      isinstance(leaf, bool)
+      or dtype.kind in ('iufc' if isinstance(leaf, int) else 'fc')
+    )
+    return np.asarray(leaf, dtype if fits else None)
   if isinstance(leaf, (str, bytes)):
     # Of dtype object, since NumPy's strings lose trailing zero bytes.
     array = np.empty((), dtype=object)
@@ -319,12 +332,12 @@ def _to_array(leaf, number):
 # --- The fork server --------------------------------------------------------
 
 
+@dataclasses.dataclass
 class _Child:
   """What the fork server knows of a process."""
 
-  def __init__(self, status, folder):
-    self.status = status  # Write end of a pipe: first the pid, then the end.
-    self.folder = folder  # Working directory and place for temporary files.
+  status: int  # Write end of a pipe: first the pid, then the exit code.
+  folder: str  # Working directory and place for temporary files.
 
 
 def _serve(control_fd):
@@ -343,17 +356,20 @@ def _serve(control_fd):
       os.read(wakeup, 4096)
       _reap(children)
     if control in ready:
-      message, fds, _, _ = socket.recv_fds(control, 64, 3)
+      # Closed on exec: what a process starts shall not keep its channel open.
+      message, fds, _, _ = socket.recv_fds(
+        control, 64, 3, socket.MSG_CMSG_CLOEXEC
+      )
       if not message:
         break
       command, pid = struct.unpack('<cq', message)
       if command == b'k':
         if pid in children:
-          _kill_group(pid)
+          _kill(pid)
       else:
-        _fork(children, [control.fileno(), wakeup, wakeup_write], *fds)
+        _fork(children, [control_fd, wakeup, wakeup_write], *fds)
   for pid in children:
-    _kill_group(pid)
+    _kill(pid)
   for pid in list(children):
     _bury(children, pid, os.waitpid(pid, 0)[1])
 
@@ -366,9 +382,15 @@ def _fork(children, own_fds, connection, memory_fd, status):
     # One that is missing is reported by the object, which imports it again.
     with contextlib.suppress(Exception):
       __import__(module)
-  folder = tempfile.mkdtemp(prefix='impala-process-')
   server = os.getpid()
-  pid = os.fork()
+  try:
+    folder = tempfile.mkdtemp(prefix='impala-process-')
+    pid = os.fork()
+  except OSError:  # The program sees the ends closed.
+    traceback.print_exc()
+    for fd in (connection, memory_fd, status):
+      os.close(fd)
+    return
   if pid == 0:
     # Inherited ends of other pipes would hide the deaths of their owners.
     for fd in own_fds + [status] + [c.status for c in children.values()]:
@@ -394,6 +416,7 @@ def _run_child(server, connection, memory_fd, payload, folder):
     os.environ['TMPDIR'] = tempfile.tempdir = folder
     connection = socket.socket(fileno=connection)
     code = _work(_Channel(connection, memory_fd), payload)
+    _free_shared_memory(os.getpid())
   except BaseException:
     traceback.print_exc()
   finally:
@@ -439,23 +462,32 @@ def _report(status, value):
     os.write(status, _word(value))
 
 
+def _kill(pid):
+  """Kills a process that was not yet reaped, and its group."""
+  _kill_group(pid)
+  os.kill(pid, signal.SIGKILL)  # If it has not yet got to its `setsid`.
+
+
 def _kill_group(group):
-  """Kills what is left of a process group, and frees its shared memory.
+  """Kills what is left of a process group.
 
   Environments may run helpers of their own which survive them: ViZDoom's engine
   does, and holds named shared memory that nobody would unlink.
   """
+  _free_shared_memory(group)
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(group, signal.SIGKILL)
+
+
+def _free_shared_memory(group):
+  """Unlinks the named shared memory that only a process group has mapped."""
   members, others = [], []
   for pid in map(int, filter(str.isdigit, os.listdir('/proc'))):
     with contextlib.suppress(OSError):
       (members if os.getpgid(pid) == group else others).append(pid)
-  if not members:
-    return
   files = set().union(*map(_shared_memory_files, members))
   if files:
     files = files.difference(*map(_shared_memory_files, others))
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(group, signal.SIGKILL)
   for file in files:
     with contextlib.suppress(OSError):
       os.unlink(file)
@@ -486,7 +518,10 @@ class _ForkServer:
     """Starts a process for a pickled (class, args, kwargs).
 
     Returns:
-      The `_Channel` to it, and the read end of its status pipe.
+      The `_Channel` to it, the read end of its status pipe, and its pid.
+
+    Raises:
+      ProcessError: it could not be forked.
     """
     memory_fd = os.memfd_create('impala-process')
     os.write(memory_fd, pickle.dumps((modules, payload)))
@@ -495,9 +530,16 @@ class _ForkServer:
     with theirs, self._lock:
       self._ensure_running()
       fds = [theirs.fileno(), memory_fd, status_write]
-      socket.send_fds(self._control, [struct.pack('<cq', b's', 0)], fds)
+      with contextlib.suppress(ConnectionError):  # Told by the read.
+        socket.send_fds(self._control, [struct.pack('<cq', b's', 0)], fds)
     os.close(status_write)
-    return _Channel(ours, memory_fd), status
+    channel = _Channel(ours, memory_fd)
+    word = os.read(status, 8)
+    if not word:
+      channel.close()
+      os.close(status)
+      raise ProcessError('The fork server failed; see what it printed.')
+    return channel, status, *_WORD.unpack(word)
 
   def kill(self, pid):
     # Through the server, who knows whether the pid is still that process.
@@ -512,8 +554,12 @@ class _ForkServer:
         self._server = None
 
   def _ensure_running(self):
-    if self._server is not None and self._server.poll() is None:
-      return
+    if self._server is not None:
+      # It never writes: its end is readable when it is gone.
+      if not _is_readable(self._control.fileno(), timeout=0):
+        return
+      self._control.close()
+      self._server.wait()
     self._control, theirs = socket.socketpair(
       socket.AF_UNIX, socket.SOCK_SEQPACKET
     )
@@ -540,6 +586,12 @@ class _ForkServer:
       )
 
 
+def _is_readable(fd, timeout):
+  poll = select.poll()  # `select.select` takes no descriptors above 1,023.
+  poll.register(fd, select.POLLIN)
+  return bool(poll.poll(timeout * 1000))
+
+
 _fork_server = _ForkServer()
 _numbers = itertools.count(1)
 _open = {}  # The started processes by number.
@@ -561,7 +613,8 @@ class PyProcess:
     self._cls = cls
     self._arguments = inspect.signature(cls).bind(*args, **kwargs)
     self._number = next(_numbers)
-    self._lock = threading.Lock()
+    self._lock = threading.Lock()  # Of the channel.
+    self._status_lock = threading.Lock()
     self._channel = None
     self._status = None
     self._pid = None
@@ -575,7 +628,7 @@ class PyProcess:
 
   @property
   def pid(self):
-    """Process id, None before the start."""
+    """Id of the process or, after its end, of the last one; at first None."""
     return self._pid
 
   def start(self):
@@ -594,9 +647,15 @@ class PyProcess:
 
     Raises:
       ProcessError: as `start`.
+      TypeError: the constructor has no such argument.
     """
+    signature, arguments = self._arguments.signature, self._arguments.arguments
+    replacing = signature.bind_partial(**kwargs).arguments
+    for name, value in replacing.items():
+      if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+        value = {**arguments.get(name, {}), **value}
+      arguments[name] = value
     self.close()
-    self._arguments.arguments.update(kwargs)
     self.start()
 
   def call(self, method, *args):
@@ -617,10 +676,14 @@ class PyProcess:
     specs, arguments = _result_specs(
       self._cls, self._arguments, method, args, {}
     )
-    dtypes = [
-      tf.as_dtype(s.dtype).as_datatype_enum for s in tree.flatten(specs)
-    ]
-    return tree.unflatten_as(specs, self._request(method, dtypes, arguments))
+    flat = tree.flatten(specs)
+    results = self._request(
+      method,
+      [tf.as_dtype(spec.dtype) for spec in flat],
+      [tf.TensorShape(spec.shape) for spec in flat],
+      arguments,
+    )
+    return tree.unflatten_as(specs, results)
 
   def exit_code(self, timeout=0.0):
     """Returns how the process ended, None while it runs.
@@ -631,12 +694,13 @@ class PyProcess:
     Returns:
       The exit code; -N if signal N killed it.
     """
-    if self._exit_code is None and self._status is not None:
-      ready, _, _ = select.select([self._status], [], [], timeout)
-      if ready:
+    if self._status is None or not _is_readable(self._status, timeout):
+      return self._exit_code
+    with self._status_lock:
+      if self._exit_code is None:
         # No report at all: the fork server died, and took its children along.
         word = os.read(self._status, 8) or _word(-signal.SIGKILL)
-        self._exit_code = struct.unpack('<q', word)[0]
+        (self._exit_code,) = _WORD.unpack(word)
     return self._exit_code
 
   def close(self):
@@ -650,29 +714,42 @@ class PyProcess:
       (self._cls, self._arguments.args, self._arguments.kwargs)
     )
     self._exit_code = None
-    self._channel, self._status = _fork_server.spawn(
+    self._channel, self._status, self._pid = _fork_server.spawn(
       list(modules(constructor_kwargs)), payload
     )
     _open[self._number] = self
 
   def _await(self):
     """Waits until the object is made."""
-    self._pid = struct.unpack('<q', os.read(self._status, 8))[0]
     error, _ = self._receive()
     if error:
       raise ProcessError(error.decode())
     if _library() is not None:
       _library().open_channel(self._number, self._channel)
 
-  def _request(self, method, dtypes, arguments):
-    """Calls a method; `dtypes` are TensorFlow's numbers for the results."""
-    arrays = [np.asarray(dtypes, np.int32), *map(np.asarray, arguments)]
+  def _request(self, method, dtypes, shapes, arguments):
+    """Calls a method; its results must be of these dtypes and shapes."""
+    numbers = np.asarray([d.as_datatype_enum for d in dtypes], np.int32)
+    arrays = [numbers, *map(np.asarray, arguments)]
     with self._lock:
+      if self._channel is None:
+        raise ProcessError('The process is not running; start it first.')
       with contextlib.suppress(ConnectionError):  # Told by the receive.
         self._channel.send(method.encode(), arrays)
       error, results = self._receive()
     if error:
       raise ProcessError(error.decode())
+    for i, (result, *expected) in enumerate(
+      zip(map(np.asarray, results), dtypes, shapes, strict=True)
+    ):
+      dtype, shape = expected
+      if result.dtype != dtype.as_numpy_dtype or not shape.is_compatible_with(
+        result.shape
+      ):
+        raise ProcessError(
+          f'Result {i} of {method} is {result.dtype}{list(result.shape)}, its '
+          f'_tensor_specs promise {dtype.name}{shape}.'
+        )
     return results
 
   def _receive(self):
@@ -703,6 +780,7 @@ def start_all(processes):
   Raises:
     ProcessError: a constructor raised or a process died; none is left running.
   """
+  _library()  # Raises before anything starts.
   try:
     for process in processes:
       process._launch()
@@ -803,7 +881,10 @@ def _result_specs(cls, constructor_arguments, method, args, kwargs):
   """
   bound = inspect.signature(getattr(cls, method)).bind(None, *args, **kwargs)
   if bound.kwargs:
-    raise TypeError(f'{method} has keyword-only arguments: not supported.')
+    raise TypeError(
+      f'{method} must be called without keyword-only arguments, and with all '
+      f'arguments before {next(iter(bound.kwargs))!r}.'
+    )
   named = _by_name(bound)
   named.pop(next(iter(bound.signature.parameters)))  # self
   specs = cls._tensor_specs(method, named, _by_name(constructor_arguments))
@@ -814,10 +895,13 @@ def _build_call_in_python(number, method, arguments, dtypes, shapes):
   """As `_Library.call`, but holds a TensorFlow thread while it waits."""
   import tensorflow.compat.v1 as tf
 
-  enums = [dtype.as_datatype_enum for dtype in dtypes]
-
   def run(number, *arguments):
-    return _open[int(number)]._request(method, enums, arguments)
+    process = _open.get(int(number))
+    if process is None:
+      raise ProcessError(
+        f'Environment process {number} is not running; start it first.'
+      )
+    return process._request(method, dtypes, shapes, arguments)
 
   results = tf.numpy_function(run, [number, *arguments], dtypes)
   if not dtypes:
@@ -892,7 +976,7 @@ def PyProcessHook():
   class Hook(tf.train.SessionRunHook):
     def begin(self):
       self._processes = tf.get_collection(_COLLECTION)
-      start_all([p for p in self._processes if p.pid is None])
+      start_all([p for p in self._processes if p._channel is None])
 
     def end(self, session):
       close_all(self._processes)

@@ -1,4 +1,4 @@
-// Copyright 2026 The IMPALA authors. SPDX-License-Identifier: Apache-2.0
+// Licensed under the Apache License, Version 2.0; see LICENSE.
 //
 // Calls into environment processes as an asynchronous TensorFlow op.
 //
@@ -222,6 +222,7 @@ struct Call {
   const std::vector<PartialTensorShape>* output_shapes;
   Tensor output_types;
   CancellationToken token = CancellationManager::kInvalidToken;
+  bool cancelled = false;  // Before it was queued; guarded by its channel.
 };
 
 absl::Status ReadResult(const Call& call, const char* memory, size_t size) {
@@ -355,11 +356,17 @@ class Channel : public std::enable_shared_from_this<Channel> {
         return;
       }
     }
+    bool cancelled;
     {
       mutex_lock lock(mu_);
-      queue_.push_back(std::move(call));
+      cancelled = call->cancelled;
+      if (!cancelled) queue_.push_back(call);
     }
-    Pump();
+    if (cancelled) {
+      Finish(call.get(), errors::Cancelled("The step was cancelled."));
+    } else {
+      Pump();
+    }
   }
 
   // Fails all calls, the ones to come included.
@@ -408,46 +415,56 @@ class Channel : public std::enable_shared_from_this<Channel> {
  private:
   // Sends the next call if the process is idle.
   void Pump() {
-    std::shared_ptr<Call> failed;
+    std::shared_ptr<Call> unsent;
     absl::Status status;
     {
       mutex_lock lock(mu_);
-      if (!broken_.ok()) {
-        status = broken_;
-      } else if (busy_ || queue_.empty()) {
-        return;
-      } else {
-        // Sent under the lock, so that a cancellation can't free the call's
-        // arguments meanwhile; nobody else waits for this lock for long.
-        status = Send(*queue_.front());
-      }
+      status = broken_;
       if (status.ok()) {
-        busy_ = true;
-        current_ = std::move(queue_.front());
+        if (busy_ || queue_.empty()) return;
+        auto call = std::move(queue_.front());
         queue_.pop_front();
-        return;
+        // Written under the lock, so that a cancellation can't free the call's
+        // arguments meanwhile; nobody else waits for this lock for long.
+        int64_t size = 0;
+        status = Write(*call, &size);
+        if (status.ok()) {
+          busy_ = true;
+          current_ = std::move(call);
+          if (Ring(size)) return;
+          status = errors::Internal("The environment process died.");
+        } else {
+          unsent = std::move(call);
+        }
       }
     }
-    Break(status);
+    if (unsent) {  // Not the fault of the others.
+      Complete(unsent.get(), status);
+      Pump();
+    } else {
+      Break(status);
+    }
   }
 
-  absl::Status Send(const Call& call) TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+  absl::Status Write(const Call& call, int64_t* size)
+      TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     Writer measure(nullptr);
     WriteRequest(call, &measure);
     TF_RETURN_IF_ERROR(memory_.Reserve(measure.size()));
     Writer writer(memory_.data());
     WriteRequest(call, &writer);
-    const int64_t size = writer.size();
+    *size = writer.size();
+    return absl::OkStatus();
+  }
+
+  // Returns whether the process is there to answer.
+  bool Ring(int64_t size) TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     ssize_t sent;
     do {
       sent = send(socket_, &size, sizeof(size), MSG_NOSIGNAL);
     } while (sent < 0 && errno == EINTR);
-    if (sent != sizeof(size) ||
-        !Poller::Get()->Watch(socket_, key_, watched_)) {
-      return errors::Internal("The environment process died.");
-    }
-    watched_ = true;
-    return absl::OkStatus();
+    const bool again = std::exchange(watched_, true);
+    return sent == sizeof(size) && Poller::Get()->Watch(socket_, key_, again);
   }
 
   void Cancel(const std::shared_ptr<Call>& call) {
@@ -457,17 +474,20 @@ class Channel : public std::enable_shared_from_this<Channel> {
         current_.reset();
       } else {
         const auto it = std::find(queue_.begin(), queue_.end(), call);
-        if (it == queue_.end()) return;  // Completing elsewhere.
+        if (it == queue_.end()) {  // Not yet queued, or completing elsewhere.
+          call->cancelled = true;
+          return;
+        }
         queue_.erase(it);
       }
     }
     Finish(call.get(), errors::Cancelled("The step was cancelled."));
   }
 
-  // Must be called without `mu_`: deregistering waits for a running Cancel.
   static void Complete(Call* call, const absl::Status& status) {
     if (call->token != CancellationManager::kInvalidToken) {
-      call->context->cancellation_manager()->DeregisterCallback(call->token);
+      // A Cancel that runs already finds nothing to do: no need to wait for it.
+      call->context->cancellation_manager()->TryDeregisterCallback(call->token);
     }
     Finish(call, status);
   }

@@ -1,0 +1,495 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of the agent, the actor's and the learner's graphs, and the flags."""
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import environments
+import experiment
+import py_process
+from experiment import tf
+
+FLAGS = flags.FLAGS
+if not FLAGS.is_parsed():
+  FLAGS(['experiment_test'])
+
+NUM_ACTIONS = 3
+FRAME = (12, 16, 3)
+
+
+def env_outputs(random, shape, instructions=('',)):
+  """Returns a `StepOutput` of random NumPy values with leading dimensions."""
+  return environments.StepOutput(
+    reward=random.normal(size=shape).astype(np.float32) * 2,
+    info=environments.StepOutputInfo(
+      np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    ),
+    done=random.random(shape) < 0.3,
+    observation=(
+      random.integers(0, 256, (*shape, *FRAME), np.uint8),
+      random.choice(np.array(instructions, object), shape),
+    ),
+  )
+
+
+def constants(nest):
+  return tf.nest.map_structure(tf.constant, nest)
+
+
+def run(fetches, feed_dict=None):
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    return session.run(fetches, feed_dict)
+
+
+# --- The agent --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('torso', ['deep', 'shallow'])
+def test_unroll_equals_single_steps(torso):
+  random = np.random.default_rng(1)
+  num_steps, batch_size = 4, 2
+  inputs = env_outputs(random, (num_steps, batch_size), ('', 'a b', 'red door'))
+  actions = random.integers(0, NUM_ACTIONS, (num_steps, batch_size), np.int32)
+  with tf.Graph().as_default():
+    agent = experiment.Agent(NUM_ACTIONS, torso)
+    state = agent.initial_state(batch_size)
+    unrolled, last_state = agent.unroll(
+      tf.constant(actions), constants(inputs), state
+    )
+    steps = []
+    for t in range(num_steps):
+      output, state = agent(
+        (
+          tf.constant(actions[t]),
+          constants(tf.nest.map_structure(lambda x, t=t: x[t], inputs)),
+        ),
+        state,
+      )
+      steps.append(output)
+    unrolled, last_state, steps, state = run(
+      (unrolled, last_state, steps, state)
+    )
+  assert unrolled.action.shape == (num_steps, batch_size)
+  for t, step in enumerate(steps):
+    np.testing.assert_allclose(
+      unrolled.policy_logits[t], step.policy_logits, atol=1e-5
+    )
+    np.testing.assert_allclose(unrolled.baseline[t], step.baseline, atol=1e-5)
+  np.testing.assert_allclose(last_state.hidden, state.hidden, atol=1e-5)
+  np.testing.assert_allclose(last_state.cell, state.cell, atol=1e-5)
+
+
+def test_state_is_reset_where_an_episode_begins():
+  random = np.random.default_rng(2)
+  inputs = env_outputs(random, (2,))._replace(done=np.array([True, False]))
+  with tf.Graph().as_default():
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    inputs = (tf.constant([0, 1]), constants(inputs))
+    fresh, _ = agent(inputs, agent.initial_state(2))
+    ones = tf.nest.map_structure(tf.ones_like, agent.initial_state(2))
+    used, _ = agent(inputs, ones)
+    fresh, used = run((fresh.baseline, used.baseline))
+  np.testing.assert_allclose(fresh[0], used[0], rtol=1e-5)
+  assert abs(fresh[1] - used[1]) > 1e-4
+
+
+def test_words_and_their_order_matter():
+  random = np.random.default_rng(3)
+  inputs = env_outputs(random, (1,))
+  frame, _ = inputs.observation
+  texts = np.array(['go left', 'left go', 'go left', ''], object)
+  inputs = tf.nest.map_structure(lambda x: np.repeat(x[:1], 4, 0), inputs)
+  inputs = inputs._replace(observation=(np.repeat(frame, 4, 0), texts))
+  with tf.Graph().as_default():
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    output, _ = agent(
+      (tf.zeros([4], tf.int32), constants(inputs)), agent.initial_state(4)
+    )
+    values = run(output.baseline)
+  np.testing.assert_allclose(values[0], values[2], rtol=1e-5)
+  assert len(set(np.round(values, 6))) == 3
+
+
+def test_deep_agent_has_the_papers_size():
+  with tf.Graph().as_default():
+    agent = experiment.Agent(9, 'deep')
+    inputs = environments.StepOutput(
+      tf.zeros([1]),
+      (),
+      tf.zeros([1], tf.bool),
+      (tf.zeros([1, 72, 96, 3], tf.uint8), tf.constant([''])),
+    )
+    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
+    sizes = [v.shape.num_elements() for v in agent.trainable_variables]
+    kernels = [v for v in agent.trainable_variables if v.shape.rank == 4]
+  assert len(kernels) == 15
+  assert 1.5e6 < sum(sizes) < 1.7e6
+
+
+# --- The learner ------------------------------------------------------------
+
+
+def softmax(logits):
+  exp = np.exp(logits - logits.max(-1, keepdims=True))
+  return exp / exp.sum(-1, keepdims=True)
+
+
+def numpy_losses(target_logits, baseline, behaviour, env, discounting):
+  """Sections 4.1 and 4.2 of the paper, step by step, in float64."""
+  target = softmax(target_logits.astype(np.float64))
+  num_steps, batch_size = len(target) - 1, target.shape[1]
+  mu = softmax(behaviour.policy_logits.astype(np.float64))
+  policy_gradient, value, entropy = 0.0, 0.0, 0.0
+  for b in range(batch_size):
+    vs = [0.0] * num_steps + [baseline[num_steps, b]]
+    for t in reversed(range(num_steps)):
+      action = behaviour.action[t + 1, b]
+      rho = target[t, b, action] / mu[t + 1, b, action]
+      gamma = 0.0 if env.done[t + 1, b] else discounting
+      reward = np.clip(env.reward[t + 1, b], -1, 1)
+      delta = min(1, rho) * (
+        reward + gamma * baseline[t + 1, b] - baseline[t, b]
+      )
+      vs[t] = (
+        baseline[t, b]
+        + delta
+        + gamma * min(1, rho) * (vs[t + 1] - baseline[t + 1, b])
+      )
+      advantage = min(1, rho) * (reward + gamma * vs[t + 1] - baseline[t, b])
+      policy_gradient -= np.log(target[t, b, action]) * advantage
+    for t in range(num_steps):
+      value += 0.5 * (vs[t] - baseline[t, b]) ** 2
+      entropy -= (target[t, b] * np.log(target[t, b])).sum()
+  return policy_gradient, value, entropy
+
+
+@pytest.fixture
+def learner_batch():
+  """Returns the inputs of the learner, [T + 1, B, ...], for T=5 and B=3."""
+  random = np.random.default_rng(4)
+  shape = (6, 3)
+  agent_outputs = experiment.AgentOutput(
+    action=random.integers(0, NUM_ACTIONS, shape, np.int32),
+    policy_logits=random.normal(size=(*shape, NUM_ACTIONS)).astype(np.float32),
+    baseline=random.normal(size=shape).astype(np.float32),
+  )
+  return env_outputs(random, shape), agent_outputs
+
+
+@flagsaver.flagsaver(
+  batch_size=3,
+  unroll_length=5,
+  num_action_repeats=4,
+  entropy_cost=0.1,
+  baseline_cost=0.5,
+  discounting=0.9,
+  learning_rate=0.25,
+  total_environment_frames=240,
+  epsilon=0.1,
+)
+def test_update_equals_the_papers_equations(learner_batch):
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    state = agent.initial_state(3)
+    target, _ = agent.unroll(
+      tf.constant(behaviour.action), constants(env), state
+    )
+    learner = experiment.build_learner(
+      agent, state, constants(env), constants(behaviour)
+    )
+    bias = next(
+      v for v in agent.trainable_variables if v.name == 'agent/baseline/b:0'
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      target = session.run(target)
+      before = session.run(bias)
+      output = session.run(learner)
+      after, step = session.run([bias, tf.train.get_global_step()])
+
+  policy_gradient, value, entropy = numpy_losses(
+    target.policy_logits, target.baseline, behaviour, env, 0.9
+  )
+  np.testing.assert_allclose(
+    output.policy_gradient_loss, policy_gradient, rtol=1e-3
+  )
+  np.testing.assert_allclose(output.baseline_loss, value, rtol=1e-3)
+  np.testing.assert_allclose(output.entropy, entropy / 15, rtol=1e-3)
+  np.testing.assert_allclose(
+    output.total_loss, policy_gradient + 0.5 * value - 0.1 * entropy, rtol=1e-3
+  )
+  assert output.global_step == step == 60
+  # The gradient of the baseline's bias is the sum of its errors; RMSProp's
+  # mean square starts at 1.
+  vs_errors = np.zeros(1)
+  epsilon = 1e-3
+  for sign in (1, -1):
+    # d/db of 0.25 sum (vs - V - b)^2, with vs held fixed, by differences.
+    shifted = value_loss_with_fixed_targets(
+      target, behaviour, env, 0.9, sign * epsilon
+    )
+    vs_errors += sign * 0.5 * shifted / (2 * epsilon)
+  gradient = vs_errors[0]
+  mean_square = 0.99 + 0.01 * gradient**2
+  np.testing.assert_allclose(
+    after - before,
+    -0.25 * gradient / np.sqrt(mean_square + 0.1),
+    rtol=1e-2,
+  )
+
+
+def value_loss_with_fixed_targets(target, behaviour, env, discounting, shift):
+  """Returns the baseline loss after a shift of all baselines but the targets."""
+  probabilities = softmax(target.policy_logits.astype(np.float64))
+  mu = softmax(behaviour.policy_logits.astype(np.float64))
+  baseline, total = target.baseline.astype(np.float64), 0.0
+  for b in range(3):
+    vs = baseline[5, b]
+    for t in reversed(range(5)):
+      action = behaviour.action[t + 1, b]
+      rho = min(1, probabilities[t, b, action] / mu[t + 1, b, action])
+      gamma = 0.0 if env.done[t + 1, b] else discounting
+      reward = np.clip(env.reward[t + 1, b], -1, 1)
+      vs = (
+        baseline[t, b]
+        + rho * (reward + gamma * baseline[t + 1, b] - baseline[t, b])
+        + gamma * rho * (vs - baseline[t + 1, b])
+      )
+      total += 0.5 * (vs - baseline[t, b] - shift) ** 2
+  return total
+
+
+@flagsaver.flagsaver(batch_size=3, unroll_length=5, max_gradient_norm=0.5)
+def test_gradient_norm_is_clipped_but_reported_whole(learner_batch):
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    learner = experiment.build_learner(
+      agent, agent.initial_state(3), constants(env), constants(behaviour)
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      before = session.run(agent.trainable_variables)
+      norm = session.run(learner).gradient_norm
+      after = session.run(agent.trainable_variables)
+  assert norm > 0.5
+  # RMSProp's first step is the gradient times rate / sqrt(0.99 + ... + 0.1).
+  step = np.sqrt(
+    sum(np.sum((a - b) ** 2) for a, b in zip(before, after, strict=True))
+  )
+  np.testing.assert_allclose(
+    step, 0.5 * FLAGS.learning_rate / np.sqrt(1.09), rtol=0.02
+  )
+
+
+@flagsaver.flagsaver(batch_size=3, unroll_length=5)
+def test_loss_that_is_not_finite_changes_nothing(learner_batch):
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    step = tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    bad = behaviour.policy_logits.copy()
+    bad[2, 1, 0] = np.nan
+    learner = experiment.build_learner(
+      agent,
+      agent.initial_state(3),
+      constants(env),
+      constants(behaviour._replace(policy_logits=bad)),
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      variables = tf.global_variables()
+      before = session.run(variables)
+      with pytest.raises(tf.errors.InvalidArgumentError, match='not finite'):
+        session.run(learner)
+      after = session.run(variables)
+      assert session.run(step) == 0
+  for old, new in zip(before, after, strict=True):
+    np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(
+  ('clipping', 'expected'),
+  [
+    ('abs_one', [-1, -0.5, 0, 0.5, 1]),
+    (
+      'soft_asymmetric',
+      [
+        -1.5 * np.tanh(2),
+        -1.5 * np.tanh(0.1),
+        0,
+        5 * np.tanh(0.1),
+        5 * np.tanh(2),
+      ],
+    ),
+  ],
+)
+def test_reward_clipping(clipping, expected):
+  with flagsaver.flagsaver(reward_clipping=clipping), tf.Graph().as_default():
+    rewards = tf.constant([-10.0, -0.5, 0.0, 0.5, 10.0])
+    clipped = run(experiment._clip_rewards(rewards))
+  np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+
+
+# --- The actor --------------------------------------------------------------
+
+
+class Counter:
+  """Shows how often it was stepped; episodes take 3 steps."""
+
+  def __init__(self, offset):
+    self._count = offset
+
+  def initial(self):
+    return self._observation()
+
+  def step(self, action):
+    self._count += 1
+    return float(action), self._count % 3 == 0, self._observation()
+
+  def _observation(self):
+    return np.full(FRAME, self._count, np.uint8), str(self._count)
+
+  @staticmethod
+  def _tensor_specs(method_name, kwargs, constructor_kwargs):
+    spec = py_process.ArraySpec
+    observation = (spec(FRAME, np.uint8), spec((), object))
+    if method_name == 'initial':
+      return observation
+    return (spec((), np.float32), spec((), np.bool_), observation)
+
+
+@flagsaver.flagsaver(unroll_length=4)
+def test_unrolls_of_one_graph_join_for_each_actor():
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    processes = [py_process.PyProcess(Counter, offset) for offset in (0, 100)]
+    index = tf.placeholder(tf.int32, [])
+    env = environments.FlowEnvironment(py_process.choose(processes, index))
+    actor = experiment.build_actor(
+      agent, env, tf.constant(['a', 'b'])[index], np.array([10, 20, 30])
+    )
+    with tf.train.SingularMonitoredSession(
+      hooks=[py_process.PyProcessHook()]
+    ) as session:
+      states = [
+        session.run(actor.initial_state, {index: actor_index})
+        for actor_index in (0, 1)
+      ]
+      outputs = [[], []]
+      for _ in range(3):
+        for i in (1, 0):
+          feed = dict(
+            zip(
+              tf.nest.flatten(actor.state),
+              tf.nest.flatten(states[i]),
+              strict=True,
+            )
+          )
+          output, states[i] = session.run(
+            (actor.output, actor.next_state), {index: i, **feed}
+          )
+          outputs[i].append(output)
+
+  for i, offset in enumerate((0, 100)):
+    for n, output in enumerate(outputs[i]):
+      assert output.level_name == [b'a', b'b'][i]
+      counts = offset + 4 * n + np.arange(5)
+      frame, instruction = output.env_outputs.observation
+      np.testing.assert_array_equal(frame[:, 0, 0, 0], counts % 256)
+      assert [int(text) for text in instruction] == list(counts)
+      begins = counts % 3 == 0
+      begins[0] |= n == 0  # The first episode of all.
+      np.testing.assert_array_equal(output.env_outputs.done, begins)
+      # The reward is the environment's action, which the agent chose.
+      rewards = 10 * (output.agent_outputs.action + 1)
+      np.testing.assert_array_equal(output.env_outputs.reward[1:], rewards[1:])
+    for before, after in zip(outputs[i][:-1], outputs[i][1:], strict=True):
+      for old, new in zip(
+        tf.nest.flatten((before.env_outputs, before.agent_outputs)),
+        tf.nest.flatten((after.env_outputs, after.agent_outputs)),
+        strict=True,
+      ):
+        np.testing.assert_array_equal(old[-1], new[0])
+    np.testing.assert_array_equal(outputs[i][0].agent_state.hidden, 0)
+
+
+@flagsaver.flagsaver(unroll_length=4)
+def test_learner_recomputes_what_the_actor_did():
+  """On-policy, the learner's unroll gives the actor's logits and baselines."""
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    process = py_process.PyProcess(Counter, 5)
+    actor = experiment.build_actor(
+      agent,
+      environments.FlowEnvironment(process.proxy),
+      'level',
+      np.array([10, 20, 30]),
+    )
+    batch = tf.nest.map_structure(
+      lambda t: tf.expand_dims(t, 1),
+      (actor.output.env_outputs, actor.output.agent_outputs),
+    )
+    state = tf.nest.map_structure(
+      lambda t: tf.expand_dims(t, 0), actor.output.agent_state
+    )
+    learner, _ = agent.unroll(batch[1].action, batch[0], state)
+    with tf.train.SingularMonitoredSession(
+      hooks=[py_process.PyProcessHook()]
+    ) as session:
+      values = session.run(actor.initial_state)
+      for _ in range(2):  # In the second one, the state isn't the initial one.
+        feed = dict(
+          zip(
+            tf.nest.flatten(actor.state), tf.nest.flatten(values), strict=True
+          )
+        )
+        behaviour, target, values = session.run(
+          (actor.output.agent_outputs, learner, actor.next_state), feed
+        )
+        np.testing.assert_allclose(
+          target.policy_logits[:-1, 0], behaviour.policy_logits[1:], atol=1e-5
+        )
+        np.testing.assert_allclose(
+          target.baseline[:-1, 0], behaviour.baseline[1:], atol=1e-5
+        )
+
+
+# --- Seeds and levels -------------------------------------------------------
+
+
+def test_environment_seeds_differ_between_actors_restarts_and_runs():
+  seeds = set()
+  for seed in (1, 2):
+    with flagsaver.flagsaver(seed=seed):
+      seeds |= {
+        experiment._environment_seed(actor, restart)
+        for actor in range(50)
+        for restart in range(3)
+      }
+  assert len(seeds) == 2 * 50 * 3
+  assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize('mode', ['train', 'test'])
+def test_suite_is_played_by_all_levels_in_order(mode, monkeypatch):
+  monkeypatch.setattr(
+    environments.PyProcessDmLab,
+    'describe',
+    lambda level, settings: environments.EnvironmentSpec([], (72, 96, 3)),
+  )
+  with flagsaver.flagsaver(level_name='dmlab30', mode=mode):
+    game = experiment._choose_game()
+  assert len(game.names) == 30
+  suffix = {'train': 'train', 'test': 'test'}[mode]
+  assert game.names[0] == f'rooms_collect_good_objects_{suffix}'
+  assert game.levels == [f'contributed/dmlab30/{name}' for name in game.names]
+  assert game.settings.is_test == (mode == 'test')
