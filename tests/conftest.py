@@ -1,0 +1,13 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Offers a stand-in for DeepMind Lab to the tests where it isn't installed.
+
+At the end of `sys.path`, so that the environments' processes, which inherit it,
+find the stand-in too. The real one, where it is installed, comes first.
+"""
+
+import importlib.util
+import os
+import sys
+
+if importlib.util.find_spec('deepmind_lab') is None:
+  sys.path.append(os.path.join(os.path.dirname(__file__), 'fake_deepmind_lab'))

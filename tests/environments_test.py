@@ -1,0 +1,1052 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of environments: real libraries, DeepMind Lab by a stand-in."""
+
+import contextlib
+import functools
+import glob
+import importlib.util
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import cloudpickle
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+
+import environments
+import py_process
+
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_STAND_IN = os.path.join(_FOLDER, 'fake_deepmind_lab', 'deepmind_lab.py')
+_PATIENCE = 30  # Seconds after which a wait counts as a hang.
+
+_LARGE = 'contributed/dmlab30/'
+_FORWARD = np.array(environments.DEFAULT_ACTION_SET[0], np.intc)
+_FIRE = np.array(environments.DEFAULT_ACTION_SET[8], np.intc)
+
+# Classes of this file travel to their processes by value: importing it there
+# would take TensorFlow along.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def _origin(module):
+  spec = importlib.util.find_spec(module)
+  return spec and spec.origin
+
+
+# See conftest.py: environments' processes find one of the two.
+needs_stand_in = pytest.mark.skipif(
+  _origin('deepmind_lab') != _STAND_IN, reason='DeepMind Lab is installed'
+)
+needs_deepmind_lab = pytest.mark.skipif(
+  _origin('deepmind_lab') == _STAND_IN, reason='needs DeepMind Lab'
+)
+
+
+@pytest.fixture(autouse=True)
+def graph():
+  with tf.Graph().as_default() as graph:
+    yield graph
+
+
+def _settings(**kwargs):
+  defaults = environments.Settings(
+    height=None,
+    width=None,
+    num_action_repeats=4,
+    dataset_path='',
+    level_cache_dir='level_cache',
+    is_test=False,
+  )
+  return defaults._replace(**kwargs)
+
+
+@contextlib.contextmanager
+def _playing(level, seed=1, **settings):
+  """Starts the environment of a level, as the program does."""
+  settings = _settings(**settings)
+  family = environments.family_of(level)
+  spec = family.describe(level, settings)
+  process = family.create(level, seed, settings, spec)
+  process.start()
+  try:
+    yield process
+  finally:
+    process.close()
+
+
+def _spec(level, **settings):
+  return environments.family_of(level).describe(level, _settings(**settings))
+
+
+def _refusal(level, **settings):
+  """Returns the sentence with which a level is refused."""
+  with pytest.raises(ValueError, match='Level') as error:
+    _spec(level, **settings)
+  sentence = str(error.value)
+  assert repr(level) in sentence
+  assert '\n' not in sentence
+  assert sentence.endswith('.')
+  assert not sentence.endswith('..')
+  return sentence
+
+
+def _frames(process, actions):
+  """Returns the frames of an episode's beginning."""
+  frames = [process.call('initial')[0]]
+  for action in actions:
+    frames.append(process.call('step', action)[2][0])
+  return np.stack(frames)
+
+
+# --- Which class plays what -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('level', 'family'),
+  [
+    ('gym:ALE/Pong-v5', environments.AtariEnvironment),
+    ('gym:VizdoomBasic-v1', environments.VizdoomEnvironment),
+    ('gym:MiniGrid-Empty-5x5-v0', environments.MiniGridEnvironment),
+    ('gym:BabyAI-GoToObj-v0', environments.MiniGridEnvironment),
+    ('gym:CarRacing-v3', environments.GymEnvironment),
+    ('gym:toy_gym:Rgb-v0', environments.GymEnvironment),
+    ('seekavoid_arena_01', environments.PyProcessDmLab),
+    (_LARGE + 'skymaze_irreversible_path_hard', environments.PyProcessDmLab),
+  ],
+)
+def test_family_of_a_level(level, family):
+  assert environments.family_of(level) is family
+
+
+# --- DeepMind Lab, by the stand-in ------------------------------------------
+
+
+@pytest.fixture
+def lab(monkeypatch):
+  """The stand-in in place of DeepMind Lab, in this process."""
+  spec = importlib.util.spec_from_file_location('deepmind_lab', _STAND_IN)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  monkeypatch.setitem(sys.modules, 'deepmind_lab', module)
+  return module
+
+
+@pytest.fixture
+def seeds(lab, monkeypatch):
+  """The seeds of the episodes that start in this process."""
+  seeds = []
+
+  class Recording(lab.Lab):
+    def reset(self, episode=-1, seed=None):
+      seeds.append(seed)
+      return super().reset(episode, seed)
+
+  monkeypatch.setattr(lab, 'Lab', Recording)
+  return seeds
+
+
+def _dmlab(level='seekavoid_arena_01', repeats=4, seed=1, **kwargs):
+  config = {'height': 5, 'width': 7}
+  return environments.PyProcessDmLab(level, config, repeats, seed, **kwargs)
+
+
+def test_dmlab_shows_the_frame_after_the_repeated_action(lab, seeds):
+  env = _dmlab(repeats=3)
+  frame, instruction = env.initial()
+  assert instruction == ''
+  np.testing.assert_array_equal(
+    frame, lab.frame('seekavoid_arena_01', seeds[0], 0, 5, 7)
+  )
+  reward, done, (frame, _) = env.step(_FORWARD)
+  assert (reward, done) == (3.0, False)
+  np.testing.assert_array_equal(
+    frame, lab.frame('seekavoid_arena_01', seeds[0], 3, 5, 7)
+  )
+  assert frame.dtype == np.uint8
+
+
+def test_dmlab_reward_of_the_end_comes_with_the_next_episodes_frame(lab, seeds):
+  env = _dmlab()
+  env.initial()
+  rewards, done = [], False
+  while not done:
+    reward, done, (frame, _) = env.step(_FIRE)
+    rewards.append(reward)
+  length = lab.episode_length('seekavoid_arena_01', seeds[0])
+  assert len(rewards) == -(-length // 4)
+  assert sum(rewards) == 10 * length + 100
+  np.testing.assert_array_equal(
+    frame, lab.frame('seekavoid_arena_01', seeds[1], 0, 5, 7)
+  )
+
+
+def _play_episodes(env, count):
+  env.initial()
+  while count:
+    count -= env.step(_FORWARD)[1]
+
+
+def test_dmlab_seeds_differ_between_episodes_and_reproduce(seeds):
+  for seed in (1, 1, 2):
+    _play_episodes(_dmlab(seed=seed), 3)
+  first, again, other = np.reshape(seeds, (3, 4)).tolist()
+  assert first == again
+  assert len({*first, *other}) == 8
+
+
+def test_dmlab_takes_each_action_of_the_paper(lab):
+  specs = lab.Lab('seekavoid_arena_01', []).action_spec()
+  action_set = np.array(environments.DEFAULT_ACTION_SET)
+  assert action_set.shape == (9, 7)
+  assert len(np.unique(action_set, axis=0)) == 9
+  for action in action_set:  # int64: the graph's int32 is no matter of course.
+    for value, spec in zip(action, specs, strict=True):
+      assert spec['min'] <= value <= spec['max']
+    env = _dmlab(repeats=1)
+    env.initial()
+    reward, _, _ = env.step(action)
+    assert reward == action[3] + 10 * action[4]
+
+
+def test_dmlab_gets_its_settings_as_strings(lab):
+  config = {'height': 5, 'width': 7, 'fps': 30, 'logLevel': 'WARN'}
+  env = environments.PyProcessDmLab('seekavoid_arena_01', config, 4, 1)
+  assert env.initial()[0].shape == (5, 7, 3)
+  with pytest.raises(RuntimeError, match='Invalid setting: hieght'):
+    environments.PyProcessDmLab('seekavoid_arena_01', {'hieght': 5}, 4, 1)
+
+
+def test_dmlab_level_without_instruction(lab, seeds):
+  env = _dmlab('demos/extra_entities')
+  frame, instruction = env.initial()
+  assert instruction == ''
+  np.testing.assert_array_equal(
+    frame, lab.frame('demos/extra_entities', seeds[0], 0, 5, 7)
+  )
+
+
+def test_dmlab_instruction(lab, seeds):
+  level = _LARGE + 'language_select_located_object'
+  _, instruction = _dmlab(level).initial()
+  assert instruction == lab.instruction(level, seeds[0]) != ''
+
+
+def test_dmlab_runfiles_path(lab):
+  _dmlab(runfiles_path='/some/where')
+  assert lab.runfiles_path() == '/some/where'
+
+
+def test_dmlab_closes(lab):
+  env = _dmlab()
+  env.initial()
+  env.close()
+  with pytest.raises(RuntimeError):
+    env.step(_FORWARD)
+
+
+def test_dmlab_compiles_a_map_once_for_all(lab, seeds, tmp_path):
+  asked = []
+
+  class Cache(environments.LocalLevelCache):
+    def fetch(self, key, pk3_path):
+      asked.append(super().fetch(key, pk3_path))
+      return asked[-1]
+
+  level = _LARGE + 'explore_goal_locations_small'
+  for _ in range(2):
+    _play_episodes(_dmlab(level, level_cache=Cache(str(tmp_path))), 1)
+  assert asked == [False, False, True, True]
+  maps = {path.read_bytes() for path in tmp_path.iterdir()}
+  assert maps == {lab.map_of(level, seed) for seed in seeds}
+
+
+@needs_stand_in
+def test_dmlab_in_its_process_caches_maps_where_the_user_says(tmp_path):
+  level = _LARGE + 'explore_goal_locations_small'
+  cache = tmp_path / 'new' / 'cache'
+  for _ in range(2):
+    with _playing(level, level_cache_dir=str(cache)) as process:
+      frame, instruction = process.call('initial')
+      assert frame.shape == (72, 96, 3)
+      assert instruction == b''
+      assert process.call('step', _FORWARD)[:2] == (4.0, False)
+  assert len(list(cache.iterdir())) == 1
+
+
+@needs_stand_in
+def test_dmlab_in_the_graph_gets_actions_of_its_set(tmp_path):
+  level = 'seekavoid_arena_01'
+  settings = _settings(level_cache_dir=str(tmp_path), height=5, width=7)
+  spec = environments.PyProcessDmLab.describe(level, settings)
+  assert spec.frame_shape == (5, 7, 3)
+  process = environments.PyProcessDmLab.create(level, 1, settings, spec)
+  env = environments.FlowEnvironment(process.proxy)
+  output, state = env.initial()
+  assert output.observation[0].shape == (5, 7, 3)
+  output, _ = env.step(tf.constant(spec.action_set)[8], state)
+  with tf.train.SingularMonitoredSession(
+    hooks=[py_process.PyProcessHook()]
+  ) as session:
+    assert session.run(output.reward) == 40.0
+
+
+@needs_stand_in
+def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
+  lab, seeds, tmp_path
+):
+  held_out = _LARGE + 'rooms_collect_good_objects_test'
+  common = _LARGE + 'rooms_collect_good_objects_train'
+  size = {'height': 5, 'width': 7, 'level_cache_dir': str(tmp_path)}
+  _dmlab(seed=3).initial()
+  for level, is_test, mixer_seed in (
+    (held_out, True, 0x600D5EED),
+    (common, True, 0x600D5EED),
+    (common, False, 0),
+  ):
+    with _playing(level, seed=3, is_test=is_test, **size) as process:
+      np.testing.assert_array_equal(
+        process.call('initial')[0],
+        lab.frame(level, seeds[0], 0, 5, 7, mixer_seed),
+      )
+  with pytest.raises(py_process.ProcessError, match='Hold-out'):
+    with _playing(held_out, **size):
+      pass
+
+
+@needs_stand_in
+def test_dmlab_level_with_data(tmp_path):
+  level = _LARGE + 'psychlab_continuous_recognition'
+  sentence = _refusal(level, dataset_path='')
+  assert '--dataset_path' in sentence
+  assert 'nowhere' in _refusal(level, dataset_path='/nowhere')
+  with _playing(
+    level, dataset_path=str(tmp_path), level_cache_dir=str(tmp_path)
+  ) as process:
+    process.call('initial')
+
+
+def test_dmlab_that_is_not_installed(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  sentence = _refusal('seekavoid_arena_01')
+  assert 'DeepMind Lab, which is not installed' in sentence
+  assert 'Dockerfile' in sentence
+  # The level it recommends must be one.
+  recommended = sentence.split('--level_name=')[1].rstrip('.')
+  assert _spec(recommended).frame_shape == (72, 96, 3)
+
+
+# --- DeepMind Lab itself ----------------------------------------------------
+
+
+@needs_deepmind_lab
+@pytest.mark.parametrize(
+  'level', ['seekavoid_arena_01', _LARGE + 'explore_goal_locations_small']
+)
+def test_real_dmlab(level, tmp_path):
+  with _playing(level, level_cache_dir=str(tmp_path)) as process:
+    frame, instruction = process.call('initial')
+    assert frame.shape == (72, 96, 3)
+    assert frame.dtype == np.uint8
+    assert isinstance(instruction, bytes)
+    for action in environments.DEFAULT_ACTION_SET:
+      reward, done, (following, _) = process.call(
+        'step', np.array(action, np.intc)
+      )
+      assert reward.dtype == np.float32
+      assert not done
+    assert (following != frame).any()
+  assert any(tmp_path.iterdir()) == ('explore' in level)
+
+
+@needs_deepmind_lab
+def test_real_dmlab_episode_ends_and_the_next_begins(tmp_path):
+  with _playing('seekavoid_arena_01', level_cache_dir=str(tmp_path)) as process:
+    first, _ = process.call('initial')
+    num_steps, done = 0, False
+    while not done:
+      _, done, (frame, _) = process.call('step', _FORWARD)
+      num_steps += 1
+      assert num_steps <= 60 * 60  # Of an hour; an episode takes a minute.
+    assert frame.shape == first.shape
+    assert (frame != first).any()
+    assert not process.call('step', _FORWARD)[1]
+
+
+@needs_deepmind_lab
+def test_real_dmlab_seeds_reproduce(tmp_path):
+  frames = []
+  for seed in (1, 1, 2):
+    with _playing(
+      _LARGE + 'explore_goal_locations_small',
+      seed=seed,
+      level_cache_dir=str(tmp_path),
+    ) as process:
+      frames.append(process.call('initial')[0])
+  np.testing.assert_array_equal(frames[0], frames[1])
+  assert (frames[0] != frames[2]).any()
+
+
+# --- The cache of maps ------------------------------------------------------
+
+
+def test_cache_returns_what_was_written(tmp_path):
+  cache = environments.LocalLevelCache(str(tmp_path / 'cache'))
+  fetched = tmp_path / 'fetched'
+  assert not cache.fetch('key', str(fetched))
+  written = tmp_path / 'written'
+  written.write_bytes(b'map')
+  cache.write('key', str(written))
+  assert cache.fetch('key', str(fetched))
+  assert fetched.read_bytes() == b'map'
+  assert not cache.fetch('other', str(fetched))
+  # Whoever constructs another on the folder finds the map as well.
+  other = environments.LocalLevelCache(str(tmp_path / 'cache'))
+  assert other.fetch('key', str(fetched))
+
+
+def test_cache_never_shows_a_part_of_a_file(tmp_path):
+  # Two processes write each map, as soon as they can; two wait for it.
+  code = """
+    import os, sys, time
+    import environments
+    number, folder, go = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    cache = environments.LocalLevelCache(folder)
+    own, fetched = f'{folder}-own{number}', f'{folder}-fetched{number}'
+    with open(own, 'wb') as file:
+      file.write(bytes([number]) * 8_000_000)
+    print('ready', flush=True)
+    while not os.path.exists(go):
+      time.sleep(0.001)
+    for key in range(10):
+      if number < 2:
+        cache.write(str(key), own)
+      while not cache.fetch(str(key), fetched):
+        time.sleep(0)
+      with open(fetched, 'rb') as file:
+        data = file.read()
+      assert data.count(data[:1]) == 8_000_000, len(data)
+  """
+  folder, go = tmp_path / 'cache', tmp_path / 'go'
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(code), str(n), folder, go],
+      stdout=subprocess.PIPE,
+      cwd=os.path.dirname(environments.__file__),
+    )
+    for n in range(4)
+  ]
+  try:
+    for process in processes:
+      assert process.stdout.readline() == b'ready\n'
+    go.touch()
+    for process in processes:
+      process.communicate(timeout=_PATIENCE)
+      assert process.returncode == 0
+  finally:
+    for process in processes:
+      process.kill()
+  # Nothing but the maps is left.
+  assert sorted(os.listdir(folder)) == sorted(map(str, range(10)))
+
+
+def test_cache_on_a_full_disk_warns(tmp_path, caplog):
+  cache = environments.LocalLevelCache(str(tmp_path / 'cache'))
+  written = tmp_path / 'written'
+  written.write_bytes(b'1234' * 100_000)
+  # No disk is full at hand, but files may be forbidden to grow.
+  old = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with caplog.at_level(logging.WARNING):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+      cache.write('key', str(written))
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, old)
+  assert 'Map not cached' in caplog.text
+  assert os.listdir(tmp_path / 'cache') == []
+  assert not cache.fetch('key', str(tmp_path / 'fetched'))
+
+
+def test_cache_in_an_impossible_folder_warns(tmp_path, caplog):
+  (tmp_path / 'file').write_bytes(b'map')
+  cache = environments.LocalLevelCache(str(tmp_path / 'file' / 'cache'))
+  assert not cache.fetch('key', str(tmp_path / 'fetched'))
+  with caplog.at_level(logging.WARNING):
+    cache.write('key', str(tmp_path / 'file'))
+  assert 'Map not cached' in caplog.text
+
+
+# --- In the graph -----------------------------------------------------------
+
+
+class Scripted:
+  """Episodes of 3 steps; shows its calls and the last action."""
+
+  def __init__(self):
+    self._calls = 0
+    self._steps = 0
+
+  def initial(self):
+    return self._observation(-1)
+
+  def step(self, action):
+    self._calls += 1
+    self._steps = self._steps % 3 + 1
+    reward = float(self._calls)
+    return reward, self._steps == 3, self._observation(action)
+
+  def _observation(self, action):
+    return np.array([self._calls, action], np.int32), f'call {self._calls}'
+
+  @staticmethod
+  def _tensor_specs(method_name, kwargs, constructor_kwargs):
+    observation = (
+      py_process.ArraySpec((2,), np.int32),
+      py_process.ArraySpec((), object),
+    )
+    if method_name == 'initial':
+      return observation
+    return (
+      py_process.ArraySpec((), np.float32),
+      py_process.ArraySpec((), np.bool_),
+      observation,
+    )
+
+
+# What seven steps with the actions 10, 11, ... must give.
+_REWARDS = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+_DONE = [False, False, True, False, False, True, False]
+_RETURNS = [1.0, 3.0, 6.0, 4.0, 9.0, 15.0, 7.0]
+_STEPS = [1, 2, 3, 1, 2, 3, 1]
+_SEEN = [[n, 9 + n] for n in range(1, 8)]
+_TEXTS = [b'call %d' % n for n in range(1, 8)]
+_ACTIONS = np.arange(10, 17, dtype=np.int32)
+
+
+def _run(*fetches):
+  with tf.train.SingularMonitoredSession(
+    hooks=[py_process.PyProcessHook()]
+  ) as session:
+    return session.run(fetches)
+
+
+def _check_seven_steps(output):
+  np.testing.assert_array_equal(output.reward, _REWARDS)
+  np.testing.assert_array_equal(output.done, _DONE)
+  np.testing.assert_array_equal(output.info.episode_return, _RETURNS)
+  np.testing.assert_array_equal(output.info.episode_step, _STEPS)
+  np.testing.assert_array_equal(output.observation[0], _SEEN)
+  np.testing.assert_array_equal(output.observation[1], _TEXTS)
+
+
+def test_flow_starts_with_done_and_empty_accounts():
+  process = py_process.PyProcess(Scripted)
+  output, state = environments.FlowEnvironment(process.proxy).initial()
+  output, state = _run(output, state)
+  assert output.reward == 0.0
+  assert output.done
+  assert output.info == state == (0.0, 0)
+  np.testing.assert_array_equal(output.observation[0], [0, -1])
+  assert output.observation[1] == b'call 0'
+
+
+def test_flow_keeps_accounts_and_order_of_unrolled_steps():
+  env = environments.FlowEnvironment(py_process.PyProcess(Scripted).proxy)
+  initial, state = env.initial()
+  outputs = []
+  for action in _ACTIONS:
+    output, state = env.step(tf.constant(action), state)
+    outputs.append(output)
+  initial, outputs, state = _run(initial, outputs, state)
+  np.testing.assert_array_equal(initial.observation[0], [0, -1])
+  _check_seven_steps(tf.nest.map_structure(lambda *t: np.stack(t), *outputs))
+  # The state goes on after an end from nothing; here one step later.
+  assert state == (7.0, 1)
+
+
+def test_flow_state_after_an_end_is_zero():
+  env = environments.FlowEnvironment(py_process.PyProcess(Scripted).proxy)
+  _, state = env.initial()
+  for _ in range(3):
+    output, state = env.step(tf.constant(0), state)
+  output, state = _run(output, state)
+  assert output.info == (6.0, 3)
+  assert state == (0.0, 0)
+
+
+def test_flow_runs_even_if_only_the_state_is_asked_for():
+  env = environments.FlowEnvironment(py_process.PyProcess(Scripted).proxy)
+  _, state = env.initial()
+  for action in _ACTIONS:
+    _, state = env.step(tf.constant(action), state)
+  assert _run(state) == ((7.0, 1),)
+
+
+@pytest.mark.parametrize('parallel_iterations', [1, 10])
+def test_flow_in_a_while_loop(parallel_iterations):
+  env = environments.FlowEnvironment(py_process.PyProcess(Scripted).proxy)
+  output, state = env.initial()
+  arrays = tf.nest.map_structure(
+    lambda tensor: tf.TensorArray(tensor.dtype, 7, element_shape=tensor.shape),
+    output,
+  )
+
+  def step(i, state, flat):
+    output, state = env.step(tf.constant(_ACTIONS)[i], state)
+    leaves = tf.nest.flatten(output)
+    flat = [a.write(i, leaf) for a, leaf in zip(flat, leaves, strict=True)]
+    return i + 1, state, flat
+
+  _, _, flat = tf.while_loop(
+    lambda i, *_: i < 7,
+    step,
+    (0, state, tf.nest.flatten(arrays)),
+    parallel_iterations=parallel_iterations,
+  )
+  output = tf.nest.pack_sequence_as(output, [a.stack() for a in flat])
+  _check_seven_steps(*_run(output))
+
+
+def test_flow_in_a_scan():
+  env = environments.FlowEnvironment(py_process.PyProcess(Scripted).proxy)
+  output, _ = tf.scan(
+    lambda last, action: env.step(action, last[1]),
+    tf.constant(_ACTIONS),
+    env.initial(),
+  )
+  _check_seven_steps(*_run(output))
+
+
+# --- Gymnasium --------------------------------------------------------------
+
+_TOY_SIZE = {'height': 4, 'width': 6}
+
+
+def test_gym_grey_frames_get_a_channel():
+  for level in ('gym:toy_gym:Grey-v0', 'gym:toy_gym:Grey3d-v0'):
+    assert _spec(level, **_TOY_SIZE).frame_shape == (4, 6, 1)
+    with _playing(level, **_TOY_SIZE, num_action_repeats=1) as process:
+      frame, instruction = process.call('initial')
+      assert frame.dtype == np.uint8
+      assert frame.shape == (4, 6, 1)
+      assert instruction == b''
+      reward, done, (frame, _) = process.call('step', 2)
+      assert (reward, done) == (12.0, False)
+      assert frame[0, [0, 1, 3], 0].tolist() == [1, 1, 2]
+      np.testing.assert_array_equal(
+        frame[1:, :, 0], 10 * np.arange(18).reshape(3, 6)
+      )
+
+
+def test_gym_colours_are_kept():
+  assert _spec('gym:toy_gym:Rgb-v0').frame_shape == (72, 96, 3)
+  with _playing('gym:toy_gym:Rgb-v0', **_TOY_SIZE) as process:
+    frame, _ = process.call('initial')
+    assert frame[1, 2].tolist() == [20, 21, 22]
+
+
+def test_gym_dict_gives_the_image_and_the_text():
+  with _playing('gym:toy_gym:Dict-v0', **_TOY_SIZE) as process:
+    frame, instruction = process.call('initial')
+    assert frame[1, 2].tolist() == [20, 21, 22]
+    assert instruction == b'find the exit'
+
+
+def test_gym_dict_with_an_image_of_another_name():
+  with _playing('gym:toy_gym:Named-v0', **_TOY_SIZE) as process:
+    assert process.call('initial')[0][2, :, 0].tolist() == list(
+      range(60, 120, 10)
+    )
+
+
+def test_gym_actions_may_start_anywhere():
+  level = 'gym:toy_gym:Start-v0'
+  assert _spec(level).action_set.tolist() == [-1, 0, 1]
+  with _playing(level, num_action_repeats=1) as process:
+    process.call('initial')
+    assert [process.call('step', a)[0] for a in (-1, 0, 1)] == [9, 20, 31]
+
+
+def test_gym_repeats_sum_the_rewards_and_stop_at_the_end():
+  with _playing('gym:toy_gym:Grey-v0', **_TOY_SIZE) as process:
+    process.call('initial')
+    steps = [process.call('step', action) for action in (0, 1, 2, 0)]
+  rewards, done, observations = zip(*steps, strict=True)
+  # 10 + ... + 40, 50 + ... + 80 and an action of 1, 90 + 100 and one of 2.
+  assert rewards == (100.0, 264.0, 194.0, 100.0)
+  assert done == (False, False, True, False)
+  told = [frame[0, :2, 0].tolist() for frame, _ in observations]
+  assert told == [[4, 1], [8, 1], [0, 2], [4, 2]]
+
+
+@pytest.mark.parametrize(('name', 'length'), [('Cut', 10), ('Limit', 5)])
+def test_gym_truncation_ends_the_episode(name, length):
+  with _playing(
+    f'gym:toy_gym:{name}-v0', **_TOY_SIZE, num_action_repeats=1
+  ) as process:
+    process.call('initial')
+    steps = [process.call('step', 0) for _ in range(length)]
+  assert [done for _, done, _ in steps] == [False] * (length - 1) + [True]
+  assert steps[-1][2][0][0, :2, 0].tolist() == [0, 2]
+
+
+def test_gym_frames_are_resized():
+  rows = 10 * np.arange(18.0).reshape(3, 6)
+  with _playing('gym:toy_gym:Grey-v0', height=8, width=12) as process:
+    larger = process.call('initial')[0]
+  np.testing.assert_array_equal(
+    larger[2:, :, 0], rows.repeat(2, axis=0).repeat(2, axis=1)
+  )
+  with _playing('gym:toy_gym:Rgb-v0', height=2, width=3) as process:
+    smaller = process.call('initial')[0]
+  means = rows[1:].reshape(2, 3, 2).mean((0, 2))
+  np.testing.assert_allclose(smaller[1, :, 1], means + 1, atol=0.5)
+
+
+def _random_numbers(seed):
+  with _playing('gym:toy_gym:Grey-v0', seed=seed, **_TOY_SIZE) as process:
+    frames = [process.call('initial')[0]]
+    for _ in range(5):
+      for _ in range(3):
+        frame = process.call('step', 0)[2][0]
+      frames.append(frame)
+  return [int(frame[0, 2, 0]) for frame in frames]
+
+
+def test_gym_seeds_differ_between_episodes_and_reproduce():
+  first, again, other = map(_random_numbers, (1, 1, 2))
+  assert first == again
+  assert first != other
+  assert len(set(first)) > 3
+
+
+@pytest.mark.parametrize(
+  ('level', 'reason'),
+  [
+    ('gym:CartPole-v1', 'it shows no image'),
+    ('gym:toy_gym:Float-v0', 'it shows no image.*float32'),
+    ('gym:toy_gym:ChannelsFirst-v0', r'it shows no image.*\(3, 4, 6\)'),
+    ('gym:toy_gym:Vector-v0', r'it shows no image.*\(5,\)'),
+    ('gym:toy_gym:Text-v0', 'it shows no image.*Text'),
+    (
+      'gym:VizdoomHealthGatheringSupreme-MultiBinary-v1',
+      'its actions must be Discrete.*MultiBinary',
+    ),
+    ('gym:NoSuchThing-v0', "`NoSuchThing` doesn't exist"),
+    ('gym:toy_gym:NoSuchThing-v0', "`NoSuchThing` doesn't exist"),
+    ('gym:ALE/Pongg-v5', 'Did you mean: `Pong`'),
+    ('gym:no_such_module:Grey-v0', "No module named 'no_such_module'"),
+  ],
+)
+def test_gym_refuses_in_one_sentence(level, reason):
+  sentence = _refusal(level)
+  assert sentence.startswith(f'Level {level!r} can not be played: ')
+  assert re.search(reason, sentence), sentence
+
+
+def test_minigrid_mission_is_the_instruction():
+  level = 'gym:MiniGrid-DoorKey-5x5-v0'
+  assert _spec(level).action_set.tolist() == list(range(7))
+  with _playing(level, num_action_repeats=1) as process:
+    frame, instruction = process.call('initial')
+    assert (
+      instruction == b'use the key to open the door and then get to the goal'
+    )
+    assert frame.shape == (72, 96, 3)
+    # A picture, and not the codes of objects, which are small numbers.
+    assert frame.max() > 100
+    _, _, (turned, _) = process.call('step', 0)
+    assert (turned != frame).any()
+
+
+# --- Atari ------------------------------------------------------------------
+
+
+class RawAtari:
+  """The game itself, with the paper's preprocessing by hand."""
+
+  def __init__(self, game, seed):
+    import ale_py
+    import gymnasium
+
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    gymnasium.register_envs(ale_py)
+    self._env = gymnasium.make(
+      f'ALE/{game}-v5',
+      frameskip=1,
+      repeat_action_probability=0.0,
+      obs_type='grayscale',
+    )
+    self._reset = self._env.reset(seed=seed)
+    self._beginning = self._env.unwrapped.clone_state(include_rng=True)
+
+  def start(self, num_noops=None):
+    """Starts the game; `num_noops` is by default what Gymnasium draws."""
+    self._env.unwrapped.restore_state(self._beginning)
+    screen, info = self._reset
+    if num_noops is None:
+      num_noops = self._env.unwrapped.np_random.integers(1, 31)
+    for _ in range(num_noops):
+      screen, _, _, _, info = self._env.step(0)
+    self.lives = info['lives']
+    self._stack = [screen] * 4
+
+  def step(self, action):
+    """Returns the reward, and whether the game is over."""
+    total_reward, screens = 0.0, []
+    for _ in range(4):
+      screen, reward, terminated, truncated, info = self._env.step(action)
+      screens.append(screen)
+      total_reward += reward
+      self.lives = info['lives']
+      if terminated or truncated:
+        return total_reward, True
+    self._stack = [*self._stack[1:], np.maximum(*screens[-2:])]
+    return total_reward, False
+
+  def shows(self, frame):
+    """Returns whether an environment's frame is what this one would show."""
+    # A screen's first: most games that differ do so there.
+    return all(
+      np.abs(frame[..., n] - _shrunk(self._stack[n])).max() <= 1  # Rounding.
+      for n in reversed(range(4))
+    )
+
+
+@functools.cache
+def _area_weights(size, smaller):
+  """Returns the matrix [smaller, size] of pixels' shares in larger pixels."""
+  edges = np.arange(smaller + 1)[:, None] * size / smaller
+  covered = np.clip(edges - np.arange(size), 0, 1)
+  return (np.diff(covered, axis=0) * smaller / size).astype(np.float32)
+
+
+def _shrunk(screen):
+  """Shrinks a screen to 84x84, each pixel the mean of the area it covers."""
+  rows, columns = (_area_weights(size, 84) for size in screen.shape)
+  return rows @ screen.astype(np.float32) @ columns.T
+
+
+def _fits(game, num_noops, initial, actions, steps):
+  """Returns whether a raw game gives the frames and rewards of `steps`."""
+  game.start(num_noops)
+  return game.shows(initial) and all(
+    game.step(action) == (reward, False) and game.shows(frame)
+    for action, (reward, _, (frame, _)) in zip(actions, steps, strict=True)
+  )
+
+
+def test_atari_is_preprocessed_as_in_the_paper():
+  spec = _spec('gym:ALE/Pong-v5')
+  assert spec.action_set.tolist() == list(range(6))
+  assert spec.frame_shape == (84, 84, 4)
+  actions = np.random.RandomState(0).randint(6, size=40)
+  all_noops = []
+  for seed in (1, 2):
+    with _playing('gym:ALE/Pong-v5', seed=seed) as process:
+      initial, instruction = process.call('initial')
+      steps = [process.call('step', action) for action in actions]
+    assert instruction == b''
+    assert initial.dtype == np.uint8
+    # Only one number of no-ops at the start leads to these steps.
+    game = RawAtari('Pong', seed)
+    all_noops += [
+      num_noops
+      for num_noops in range(33)
+      if _fits(game, num_noops, initial, actions, steps)
+    ]
+  assert len(all_noops) == 2
+  assert min(all_noops) >= 1
+  assert max(all_noops) <= 30
+  assert all_noops[0] != all_noops[1]
+
+
+def test_atari_frames_of_another_size():
+  size = {'height': 42, 'width': 50}
+  assert _spec('gym:ALE/Pong-v5', **size).frame_shape == (42, 50, 4)
+  with _playing('gym:ALE/Pong-v5', **size) as process:
+    frame, _ = process.call('initial')
+  assert frame.shape == (42, 50, 4)
+  assert frame.std() > 0
+
+
+def test_atari_seeds_reproduce_and_differ():
+  actions = np.random.RandomState(0).randint(6, size=20)
+  frames = []
+  for seed in (1, 1, 2):
+    with _playing('gym:ALE/Pong-v5', seed=seed) as process:
+      frames.append(_frames(process, actions))
+  np.testing.assert_array_equal(frames[0], frames[1])
+  assert (frames[0] != frames[2]).any()
+
+
+_SERVE, _LEFT = 1, 3
+
+
+def _play_breakout(is_test):
+  """Serves and stays in the corner, until all lives must be lost.
+
+  Returns:
+    The actions and steps, and the raw game that should follow them.
+  """
+  actions = [_SERVE, _LEFT] * 120
+  game = RawAtari('Breakout', seed=1)
+  game.start()
+  with _playing('gym:ALE/Breakout-v5', is_test=is_test) as process:
+    assert game.shows(process.call('initial')[0])
+    steps = [process.call('step', action) for action in actions]
+  return actions, steps, game
+
+
+def test_atari_life_lost_ends_the_episode_in_training_but_not_the_game():
+  lives_at_ends = []
+  actions, steps, game = _play_breakout(False)
+  for action, (reward, done, (frame, _)) in zip(actions, steps, strict=True):
+    lives = game.lives
+    expected_reward, is_over = game.step(action)
+    assert reward == expected_reward
+    assert done == (game.lives < lives)
+    if done:
+      lives_at_ends.append(game.lives)
+    if is_over:
+      break
+    assert game.shows(frame)
+  assert lives_at_ends == [4, 3, 2, 1, 0]
+
+
+def test_atari_life_lost_does_not_end_the_episode_in_test():
+  actions, steps, game = _play_breakout(True)
+  for action, (reward, done, (frame, _)) in zip(actions, steps, strict=True):
+    assert game.step(action) == (reward, done)
+    if done:
+      break
+    assert game.shows(frame)
+  assert game.lives == 0
+  # The next game shows its beginning.
+  np.testing.assert_array_equal(frame[..., 0], frame[..., 3])
+
+
+# --- ViZDoom ----------------------------------------------------------------
+
+_DOOM = 'gym:VizdoomBasic-v1'
+
+
+def test_vizdoom_episodes():
+  spec = _spec(_DOOM)
+  assert spec.action_set.tolist() == [0, 1, 2, 3]
+  assert spec.frame_shape == (72, 96, 3)
+  with _playing(_DOOM) as process:
+    frame, instruction = process.call('initial')
+    assert frame.std() > 10
+    assert instruction == b''
+    # Without moving: 300 tics, 4 to a step, at a reward of -1 each.
+    steps = [process.call('step', 0) for _ in range(76)]
+  assert [done for _, done, _ in steps] == [False] * 74 + [True, False]
+  assert {reward for reward, _, _ in steps} == {-4.0}
+  assert steps[74][2][0].std() > 10
+
+
+def test_vizdoom_seeds_reproduce_and_differ():
+  frames = []
+  for seed in (1, 1, 2):
+    with _playing(_DOOM, seed=seed) as process:
+      frames.append(_frames(process, [1] * 80))
+  np.testing.assert_array_equal(frames[0], frames[1])
+  assert (frames[0][:10] != frames[2][:10]).any()
+  # The second episode is another one.
+  assert (frames[0][75] != frames[0][0]).any()
+
+
+def _helpers(process):
+  """Returns the pids in a process's group, and the shared memory they map."""
+  pids, files = set(), set()
+  for path in glob.glob('/proc/[0-9]*'):
+    pid = int(os.path.basename(path))
+    with contextlib.suppress(OSError):
+      if os.getpgid(pid) == process.pid:
+        pids.add(pid)
+        with open(f'{path}/maps') as maps:
+          files |= {
+            word for word in maps.read().split() if word.startswith('/dev/shm/')
+          }
+  return pids, files
+
+
+@pytest.mark.parametrize('is_killed', [False, True])
+def test_vizdoom_leaves_nothing_behind(is_killed):
+  with _playing(_DOOM) as process:
+    process.call('initial')
+    process.call('step', 0)
+    pids, files = _helpers(process)
+    assert len(pids) >= 2  # Python and the engine.
+    assert all(map(os.path.exists, files))
+    (folder,) = {os.readlink(f'/proc/{process.pid}/cwd')}
+    if is_killed:
+      os.kill(process.pid, signal.SIGKILL)
+      assert process.exit_code(timeout=_PATIENCE) == -signal.SIGKILL
+  remains = [folder, *files, *(f'/proc/{pid}' for pid in pids)]
+  deadline = time.monotonic() + _PATIENCE
+  while any(map(os.path.exists, remains)):
+    assert time.monotonic() < deadline, remains
+    time.sleep(0.01)
+
+
+# --- Whose libraries --------------------------------------------------------
+
+
+def test_program_imports_no_library_and_repeats_no_warning():
+  code = """
+    import sys
+    import environments
+
+    def imported():
+      libraries = {'gymnasium', 'cv2', 'ale_py', 'vizdoom', 'minigrid'}
+      return libraries.intersection(sys.modules)
+
+    assert not imported(), imported()
+    import tensorflow.compat.v1  # Keras brings OpenCV along, where it is.
+    before = imported()
+    assert before <= {'cv2'}, before
+    settings = environments.Settings(None, None, 4, '', '/tmp', False)
+    for level in sys.argv[1:]:
+      family = environments.family_of(level)
+      spec = family.describe(level, settings)
+      for seed in (1, 2):
+        process = family.create(level, seed, settings, spec)
+        process.start()
+        process.call('initial')
+        process.call('step', spec.action_set[0])
+        process.close()
+    assert imported() == before, imported()
+  """
+  # The one without its version is warned of.
+  levels = ['gym:ALE/Pong-v5', 'gym:VizdoomBasic', 'gym:MiniGrid-Empty-5x5-v0']
+  result = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code), *levels],
+    cwd=os.path.dirname(environments.__file__),
+    capture_output=True,
+    text=True,
+    timeout=2 * _PATIENCE,
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stderr.count('WARN:') == 1, result.stderr
+  assert result.stdout == ''
+
+
+def test_environment_processes_resize_in_one_thread():
+  with _playing('gym:toy_gym:Rgb-v0', height=400, width=600) as process:
+    process.call('initial')
+    assert len(os.listdir(f'/proc/{process.pid}/task')) == 1
+
+
+def test_environment_processes_do_without_tensorflow():
+  with _playing('gym:toy_gym:Rgb-v0') as process:
+    with open(f'/proc/{process.pid}/maps') as maps:
+      assert 'tensorflow' not in maps.read()

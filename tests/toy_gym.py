@@ -1,0 +1,100 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Gymnasium environments of a user, for tests: `gym:toy_gym:Grey-v0`.
+
+The first row of each frame tells what happened: the number of steps, the number
+of the episode, a random number and the last action. A step's reward is 10 times
+its number plus the action.
+"""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+HEIGHT, WIDTH = 4, 6
+
+
+class Toy(gym.Env):
+  """An environment with one of the `LAYOUTS` of observations."""
+
+  def __init__(self, layout, length=10, start=0, truncates=False):
+    self.observation_space, self._arrange = LAYOUTS[layout]
+    self.action_space = spaces.Discrete(3, start=start)
+    self._length = length
+    self._truncates = truncates
+    self._episode = 0
+
+  def reset(self, *, seed=None, options=None):
+    super().reset(seed=seed)
+    self._episode += 1
+    self._num_steps = 0
+    self._random = self.np_random.integers(256)
+    return self._observation(0), {}
+
+  def step(self, action):
+    if not self.action_space.contains(action):
+      raise ValueError(f'{action!r} is no action.')
+    self._num_steps += 1
+    ends = self._num_steps == self._length
+    return (
+      self._observation(action),
+      10 * self._num_steps + action,
+      ends and not self._truncates,
+      ends and self._truncates,
+      {},
+    )
+
+  def _observation(self, action):
+    frame = np.zeros((HEIGHT, WIDTH), np.uint8)
+    frame[0, :4] = self._num_steps, self._episode, self._random, action % 256
+    frame[1:] = np.arange(18).reshape(3, 6) * 10
+    return self._arrange(frame)
+
+
+def _image(*shape, dtype=np.uint8):
+  return spaces.Box(0, 255, shape, dtype)
+
+
+def _coloured(frame):
+  return np.stack([frame, frame + 1, frame + 2], -1)
+
+
+# The space of the observations, and how a grey frame becomes one.
+LAYOUTS = {
+  # With strides of its own, as views have them.
+  'Grey': (
+    _image(HEIGHT, WIDTH),
+    lambda frame: np.ascontiguousarray(frame[::-1, ::-1].T).T[::-1, ::-1],
+  ),
+  'Grey3d': (_image(HEIGHT, WIDTH, 1), lambda frame: frame[..., None]),
+  'Rgb': (_image(HEIGHT, WIDTH, 3), _coloured),
+  'Dict': (
+    spaces.Dict(
+      codes=_image(HEIGHT, WIDTH, 3),
+      rgb=_image(HEIGHT, WIDTH, 3),
+      speed=spaces.Box(-1, 1, (2,)),
+      task=spaces.Text(30),
+    ),
+    lambda frame: {
+      'codes': np.full((HEIGHT, WIDTH, 3), 7, np.uint8),
+      'rgb': _coloured(frame),
+      'speed': np.zeros(2, np.float32),
+      'task': 'find the exit',
+    },
+  ),
+  # An image under a name that nobody could foresee.
+  'Named': (
+    spaces.Dict(vector=_image(5), what_i_see=_image(HEIGHT, WIDTH)),
+    lambda frame: {'vector': frame[0, :5], 'what_i_see': frame},
+  ),
+  'Float': (_image(HEIGHT, WIDTH, 3, dtype=np.float32), _coloured),
+  'ChannelsFirst': (_image(3, HEIGHT, WIDTH), _coloured),
+  'Vector': (_image(5), lambda frame: frame[0, :5]),
+  'Text': (spaces.Text(30), lambda frame: 'no image'),
+}
+
+for _layout in LAYOUTS:
+  gym.register(f'{_layout}-v0', Toy, kwargs={'layout': _layout})
+gym.register('Start-v0', Toy, kwargs={'layout': 'Grey', 'start': -1})
+gym.register('Cut-v0', Toy, kwargs={'layout': 'Grey', 'truncates': True})
+# Gymnasium's own limit.
+gym.register('Limit-v0', Toy, kwargs={'layout': 'Grey'}, max_episode_steps=5)
