@@ -475,11 +475,13 @@ class VizdoomEnvironment(GymEnvironment):
   def _make(self, level):
     import gymnasium
 
-    # ViZDoom repeats actions itself and draws only the last frame.
-    num_action_repeats, self._num_action_repeats = self._num_action_repeats, 1
-    return gymnasium.make(
-      level, frame_skip=num_action_repeats, disable_env_checker=True
-    )
+    # ViZDoom repeats actions itself and draws only the last frame; at a quarter
+    # of its usual 320x240 pixels, a step takes 0.7 instead of 1.2 ms.
+    options = {'frame_skip': self._num_action_repeats}
+    self._num_action_repeats = 1
+    if self._size[0] <= 120 and self._size[1] <= 160:
+      options['screen_resolution'] = 'RES_160X120'
+    return gymnasium.make(level, disable_env_checker=True, **options)
 
 
 class MiniGridEnvironment(GymEnvironment):
