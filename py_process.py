@@ -286,6 +286,7 @@ def _work(channel, payload):
     pass
   if hasattr(target, 'close'):
     target.close()
+  _free_shared_memory(os.getpid())  # While the object still has it mapped.
   return 0
 
 
@@ -416,7 +417,6 @@ def _run_child(server, connection, memory_fd, payload, folder):
     os.environ['TMPDIR'] = tempfile.tempdir = folder
     connection = socket.socket(fileno=connection)
     code = _work(_Channel(connection, memory_fd), payload)
-    _free_shared_memory(os.getpid())
   except BaseException:
     traceback.print_exc()
   finally:
@@ -739,16 +739,15 @@ class PyProcess:
       error, results = self._receive()
     if error:
       raise ProcessError(error.decode())
-    for i, (result, *expected) in enumerate(
-      zip(map(np.asarray, results), dtypes, shapes, strict=True)
-    ):
-      dtype, shape = expected
-      if result.dtype != dtype.as_numpy_dtype or not shape.is_compatible_with(
-        result.shape
+    for i, result in enumerate(results):
+      # A scalar string is `bytes`, and has neither.
+      dtype, shape = getattr(result, 'dtype', object), np.shape(result)
+      if dtype != dtypes[i].as_numpy_dtype or not shapes[i].is_compatible_with(
+        shape
       ):
         raise ProcessError(
-          f'Result {i} of {method} is {result.dtype}{list(result.shape)}, its '
-          f'_tensor_specs promise {dtype.name}{shape}.'
+          f'Result {i} of {method} is {dtype}{list(shape)}, its _tensor_specs '
+          f'promise {dtypes[i].name}{shapes[i]}.'
         )
     return results
 

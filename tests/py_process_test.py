@@ -1,0 +1,937 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of py_process with real processes, which are really killed."""
+
+import collections
+import concurrent.futures
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import cloudpickle
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+
+import py_process
+
+# The processes shall not import this module, and TensorFlow with it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+_MODULE = py_process.__file__
+_PATIENCE = 60  # Seconds after which a wait counts as a hang.
+_SOON = 5  # Seconds in which deaths are noticed.
+_FLOATS = ['float16', 'float32', 'float64', 'complex64', 'complex128']
+_INTEGERS = [
+  f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64)
+]
+_DTYPES = ['bool', *_FLOATS, *_INTEGERS]
+
+ArraySpec = py_process.ArraySpec
+
+needs_op = pytest.mark.skipif(
+  not py_process.has_library(), reason='needs `make ops`'
+)
+
+
+class Base:
+  """Takes its specs from a dict by method: None is a method without results."""
+
+  SPECS = {}
+
+  @classmethod
+  def _tensor_specs(cls, method_name, kwargs, constructor_kwargs):
+    del kwargs, constructor_kwargs
+    return cls.SPECS[method_name]
+
+
+class Counter(Base):
+  """Counts calls, and does what else the tests ask for."""
+
+  SPECS = {
+    'next': ArraySpec((), np.int32),
+    'add': ArraySpec((), np.int32),
+    'nap': ArraySpec((), np.int32),
+    'fail': ArraySpec((), np.int32),
+    'kill_itself': ArraySpec((), np.int32),
+    'leave': ArraySpec((), np.int32),
+    'reset': (),
+  }
+
+  def __init__(self, start=0):
+    self._count = start
+
+  def next(self):
+    self._count += 1
+    return self._count
+
+  def add(self, a, b):
+    return a + b
+
+  def nap(self, seconds, answer):
+    time.sleep(float(seconds))
+    return answer
+
+  def fail(self, message):
+    raise ValueError('a message: ' + message.decode())
+
+  def kill_itself(self, number):
+    os.kill(os.getpid(), number)
+
+  def leave(self, code):
+    os._exit(code)
+
+  def reset(self):
+    self._count = 0
+
+
+class Echo(Base):
+  """Returns what it gets."""
+
+  def __init__(self, spec):
+    pass
+
+  def echo(self, value):
+    return value
+
+  @staticmethod
+  def _tensor_specs(method_name, kwargs, constructor_kwargs):
+    del method_name, kwargs
+    return constructor_kwargs['spec']
+
+
+class Inspector(Base):
+  """Tells of the process it is in."""
+
+  SPECS = {'look': ArraySpec((), object)}
+
+  def __init__(self):
+    import tempfile
+
+    self._text = '|'.join(
+      [
+        ','.join(sorted({'absl', 'sonnet', 'tensorflow'} & set(sys.modules))),
+        os.getcwd(),
+        os.environ['TMPDIR'],
+        tempfile.gettempdir(),
+        str(os.getsid(0)),
+        ' '.join(
+          sorted(
+            os.readlink(f'/proc/self/fd/{fd}')
+            for fd in os.listdir('/proc/self/fd')
+            if os.path.exists(f'/proc/self/fd/{fd}') or int(fd) > 2
+            if os.path.islink(f'/proc/self/fd/{fd}') and int(fd) > 2
+          )
+        ),
+      ]
+    )
+
+  def look(self):
+    with open('left-behind', 'w'):
+      return self._text
+
+
+@pytest.fixture(autouse=True)
+def graph():
+  """A graph of the test's own; its processes don't survive it."""
+  with tf.Graph().as_default() as graph:
+    yield graph
+    py_process.close_all(graph.get_collection('py_process_processes'))
+
+
+@pytest.fixture
+def pool():
+  with concurrent.futures.ThreadPoolExecutor(64) as pool:
+    yield pool
+
+
+def _start(cls, *args, **kwargs):
+  process = py_process.PyProcess(cls, *args, **kwargs)
+  process.start()
+  return process
+
+
+def _session(threads=2):
+  return tf.Session(config=tf.ConfigProto(inter_op_parallelism_threads=threads))
+
+
+def _run(fetches, feed=None):
+  with _session() as session:
+    return session.run(fetches, feed)
+
+
+def _eventually(condition):
+  deadline = time.monotonic() + _SOON
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
+def _is_alive(pid):
+  """Returns whether a process runs; zombies of init's don't count."""
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      return file.read().rsplit(')', 1)[1].split()[0] not in 'ZX'
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
+# --- Arguments and results --------------------------------------------------
+
+
+def test_methods_get_arguments_and_return_results():
+  process = _start(Counter, start=5)
+  proxy = process.proxy
+  assert _run(proxy.next()) == 6
+  assert _run(proxy.add(tf.constant(2), 3)) == 5
+  assert _run(proxy.add(b=np.int32(2), a=40)) == 42
+  assert process.call('next') == 7
+
+
+def test_method_without_results_is_an_operation():
+  process = _start(Counter, 5)
+  assert _run(process.proxy.reset()) is None
+  assert _run(process.proxy.next()) == 1
+  assert process.call('reset') == ()
+
+
+@pytest.mark.parametrize('dtype', _DTYPES)
+def test_dtypes_arrive_unchanged(dtype):
+  value = np.asarray([[0, 1, 2], [100, 101, 1]]).astype(dtype)
+  process = _start(Echo, ArraySpec((2, None), dtype))
+  for result in (
+    _run(process.proxy.echo(value)),
+    process.call('echo', value),
+  ):
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result, value)
+
+
+@pytest.mark.parametrize('shape', [(), (0,), (3, 0, 2), (1, 1, 1, 1, 2), (9,)])
+def test_shapes_arrive_unchanged(shape):
+  value = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+  process = _start(Echo, ArraySpec(shape, np.int16))
+  result = _run(process.proxy.echo(value))
+  assert result.shape == shape
+  np.testing.assert_array_equal(result, value)
+
+
+def test_strings_arrive_unchanged():
+  strings = ['', 'red', 'Grüße 迷路', b'\0a\0', b'\xff\xfe', 'x' * 100000]
+  encoded = [s.encode() if isinstance(s, str) else s for s in strings]
+  process = _start(Echo, ArraySpec((None,), object))
+  assert _run(process.proxy.echo(encoded)).tolist() == encoded
+  assert process.call('echo', np.array(strings, object)).tolist() == encoded
+  process = _start(Echo, ArraySpec((), object))
+  for string, expected in zip(strings, encoded, strict=True):
+    assert _run(process.proxy.echo(string)) == expected
+
+
+def test_memory_grows_in_both_directions():
+  class Large(Base):
+    SPECS = {
+      'make': ArraySpec((None,), np.uint8),
+      'sum': ArraySpec((), np.int64),
+    }
+
+    def make(self, size):
+      return (np.arange(size) % 251).astype(np.uint8)
+
+    def sum(self, array):
+      return array.sum(dtype=np.int64)
+
+  process = _start(Large)
+  size = tf.placeholder(tf.int64)
+  array = tf.placeholder(tf.uint8)
+  made, total = process.proxy.make(size), process.proxy.sum(array)
+  with _session() as session:
+    for n in (3, 30_000_000, 5, 1_000_000, 40_000_000, 0):
+      expected = (np.arange(n) % 251).astype(np.uint8)
+      np.testing.assert_array_equal(session.run(made, {size: n}), expected)
+    for n in (3, 90_000_000, 7):
+      assert session.run(total, {array: np.full(n, 2, np.uint8)}) == 2 * n
+
+
+def test_nests_keep_their_structure():
+  Point = collections.namedtuple('Point', 'x y')
+
+  class Nested(Base):
+    SPECS = {
+      'get': {
+        'b': Point(tf.TensorSpec([], tf.float32), tf.TensorSpec([2], tf.bool)),
+        'a': (tf.TensorSpec([], tf.string),),
+      }
+    }
+
+    def get(self):
+      return {'b': Point(1.5, np.array([True, False])), 'a': ('ä',)}
+
+  process = _start(Nested)
+  for result in (_run(process.proxy.get()), process.call('get')):
+    assert list(result) == ['a', 'b'] or list(result) == ['b', 'a']
+    assert result['a'] == ('ä'.encode(),)
+    assert result['b'].x == 1.5
+    assert result['b'].y.tolist() == [True, False]
+
+
+def test_python_numbers_take_the_promised_dtype():
+  class Numbers(Base):
+    SPECS = {
+      'get': [ArraySpec((), t) for t in (np.float32, np.uint8, np.bool_)]
+    }
+
+    def get(self):
+      return [1, 255, True]
+
+  assert _run(_start(Numbers).proxy.get()) == [1.0, 255, True]
+
+
+def test_class_sees_python_values_when_it_gives_specs():
+  seen = []
+
+  class Seeing:
+    def __init__(self, a, *, b, **others):
+      self._arguments = (a, b, others['c'])
+
+    def get(self, x, y):
+      return repr((self._arguments, type(x).__name__, y.decode()))
+
+    @staticmethod
+    def _tensor_specs(method_name, kwargs, constructor_kwargs):
+      seen.append((method_name, kwargs, constructor_kwargs))
+      return tf.TensorSpec([], tf.string)
+
+  process = _start(Seeing, [1, 'x'], b=None, c={'d': 2})
+  result = process.proxy.get(np.float32(1), y='z')
+  assert seen == [
+    (
+      'get',
+      {'x': np.float32(1), 'y': 'z'},
+      {'a': [1, 'x'], 'b': None, 'c': {'d': 2}},
+    )
+  ]
+  assert _run(result) == b"(([1, 'x'], None, {'d': 2}), 'float32', 'z')"
+
+
+def test_static_shapes_are_known():
+  process = py_process.PyProcess(Echo, ArraySpec((3, None), np.float32))
+  result = process.proxy.echo(np.zeros([3, 1], np.float32))
+  assert result.shape.as_list() == [3, None]
+  assert result.dtype == tf.float32
+
+
+def test_unknown_methods_and_arguments_fail_at_graph_building():
+  proxy = py_process.PyProcess(Counter).proxy
+  with pytest.raises(AttributeError, match="Counter has no method 'nexd'"):
+    proxy.nexd  # noqa: B018
+  with pytest.raises(TypeError, match='argument'):
+    proxy.add(1)
+  with pytest.raises(TypeError, match='argument'):
+    py_process.PyProcess(Counter, strat=1)
+
+
+def test_identical_calls_are_separate_calls():
+  process = _start(Counter)
+  calls = [process.proxy.next() for _ in range(4)]
+  with tf.control_dependencies([process.proxy.next()]):
+    total = tf.add_n(calls) * 0
+  assert sorted(_run(calls)) == [1, 2, 3, 4]
+  _run(total)
+  assert process.call('next') == 10  # 4 + 5 and this one.
+
+
+def test_choice_of_a_process_at_run_time():
+  processes = [_start(Counter, start) for start in (10, 20, 30)]
+  index = tf.placeholder(tf.int32, [])
+  result = py_process.choose(processes, index).next()
+  with _session() as session:
+    assert [session.run(result, {index: i}) for i in (2, 0, 2, 1)] == [
+      31,
+      11,
+      32,
+      21,
+    ]
+
+
+# --- Errors -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('value', 'spec', 'message'),
+  [
+    ((1, 2), ArraySpec((), np.int32), r'returned 2 values.*promise 1'),
+    (np.float64([1]), ArraySpec((1,), np.float32), r'double.*promise float'),
+    (1.5, ArraySpec((), np.int32), r'double.*promise int32'),
+    ('x', ArraySpec((), np.int32), r'string.*promise int32'),
+    (np.zeros([2, 3]), ArraySpec((3, None), np.float64), r'2,3.*promise.*3,\?'),
+    (np.zeros([2]), ArraySpec((), np.float64), r'\[2\].*promise.*\[\]'),
+    (np.array(['2026'], 'M8[Y]'), ArraySpec((1,), np.int64), r'datetime64'),
+    (np.array([1, None]), ArraySpec((2,), object), 'int can not be sent'),
+  ],
+)
+@needs_op
+def test_results_other_than_promised_are_errors(value, spec, message):
+  class Liar(Base):
+    SPECS = {'get': spec, 'fine': ArraySpec((), np.int32)}
+
+    def get(self):
+      return value
+
+    def fine(self):
+      return 1
+
+  process = _start(Liar)
+  with pytest.raises(tf.errors.OpError, match='(?s)' + message):
+    _run(process.proxy.get())
+  with pytest.raises(py_process.ProcessError):
+    process.call('get')
+  assert _run(process.proxy.fine()) == 1
+
+
+def test_exception_arrives_with_its_traceback():
+  process = _start(Counter)
+  with pytest.raises(tf.errors.OpError) as error:
+    _run(process.proxy.fail('Grüße'))
+  line = Counter.fail.__code__.co_firstlineno + 1
+  assert (
+    f'{os.path.basename(__file__)}", line {line}, in fail'
+    in error.value.message
+  )
+  assert 'ValueError: a message: Grüße' in error.value.message
+  assert _run(process.proxy.next()) == 1
+  with pytest.raises(py_process.ProcessError, match='a message: x'):
+    process.call('fail', 'x')
+
+
+def test_exception_in_constructor_ends_all():
+  class Broken(Base):
+    def __init__(self):
+      raise KeyError('no such level')
+
+  class Slow(Base):
+    def __init__(self):
+      time.sleep(60)
+
+  processes = [
+    py_process.PyProcess(cls) for cls in (Counter, Broken, Slow, Counter)
+  ]
+  py_process._CLOSE_SECONDS, before = 0.2, py_process._CLOSE_SECONDS
+  try:
+    with pytest.raises(
+      py_process.ProcessError, match=r'(?s)Traceback.*no such'
+    ):
+      tf.train.SingularMonitoredSession(hooks=[py_process.PyProcessHook()])
+  finally:
+    py_process._CLOSE_SECONDS = before
+  assert None not in [process.exit_code() for process in processes]
+  assert not any(_is_alive(process.pid) for process in processes)
+
+
+def test_death_in_constructor_is_an_error():
+  class Suicidal(Base):
+    def __init__(self):
+      os._exit(3)
+
+  with pytest.raises(py_process.ProcessError, match='exit code 3'):
+    _start(Suicidal)
+
+
+def test_calls_of_processes_that_do_not_run_fail():
+  process = py_process.PyProcess(Counter)
+  result = process.proxy.next()
+  with pytest.raises(tf.errors.OpError, match='start it first'):
+    _run(result)
+  process.start()
+  assert _run(result) == 1
+  process.close()
+  with pytest.raises(tf.errors.OpError, match='start it first'):
+    _run(result)
+  with pytest.raises(py_process.ProcessError, match='start it first'):
+    process.call('next')
+
+
+def test_hook_starts_and_ends_processes():
+  processes = [py_process.PyProcess(Counter, i) for i in range(3)]
+  results = [process.proxy.next() for process in processes]
+  for _ in range(2):
+    hook = py_process.PyProcessHook()
+    with tf.train.SingularMonitoredSession(hooks=[hook]) as session:
+      assert session.run(results) == [1, 2, 3]
+    assert [process.exit_code() for process in processes] == [0, 0, 0]
+
+
+# --- Death ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('during', [True, False])
+@pytest.mark.parametrize('other', range(2))
+def test_killed_process_is_noticed_and_restarted(during, other, pool):
+  processes = [_start(Counter, 100) for _ in range(3)]
+  victim = processes[2 * other]  # The first and the last started.
+  nap = victim.proxy.nap(30.0, 1)
+  with _session() as session:
+    if during:
+      call = pool.submit(session.run, nap)
+      time.sleep(0.3)
+      os.kill(victim.pid, signal.SIGKILL)
+    else:
+      os.kill(victim.pid, signal.SIGKILL)
+      call = pool.submit(session.run, nap)
+    error = call.exception(_SOON)
+    assert isinstance(error, tf.errors.InternalError), error
+    assert 'died' in error.message
+    assert victim.exit_code(_SOON) == -signal.SIGKILL
+    victim.restart(start=7)
+    assert victim.exit_code() is None
+    assert session.run([p.proxy.next() for p in processes]) == [
+      8 if process is victim else 101 for process in processes
+    ]
+
+
+@pytest.mark.parametrize(
+  ('method', 'argument', 'code'),
+  [
+    ('kill_itself', signal.SIGSEGV, -signal.SIGSEGV),
+    ('kill_itself', signal.SIGKILL, -signal.SIGKILL),
+    ('leave', 7, 7),
+  ],
+)
+def test_exit_code_tells_how_a_process_ended(method, argument, code):
+  process = _start(Counter)
+  with pytest.raises(tf.errors.OpError, match='died'):
+    _run(getattr(process.proxy, method)(int(argument)))
+  assert process.exit_code(_SOON) == code
+  process.restart()
+  with pytest.raises(py_process.ProcessError, match=f'exit code {code}'):
+    process.call(method, int(argument))
+
+
+def test_restart_replaces_arguments_by_name():
+  class Kwargs(Base):
+    SPECS = {'get': ArraySpec((), object)}
+
+    def __init__(self, a, b=2, **others):
+      self._text = f'{a} {b} {sorted(others.items())}'
+
+    def get(self):
+      return self._text
+
+  process = _start(Kwargs, 1, c=3)
+  process.restart(b=5, d=4)
+  assert process.call('get') == b"1 5 [('c', 3), ('d', 4)]"
+  process = _start(Counter)
+  with pytest.raises(TypeError, match='strat'):
+    process.restart(strat=1)
+  assert process.call('next') == 1
+
+
+def test_death_of_the_fork_server_ends_processes():
+  processes = [_start(Counter) for _ in range(3)]
+  server = py_process._fork_server._server.pid
+  os.kill(server, signal.SIGKILL)
+  for process in processes:
+    with pytest.raises(tf.errors.OpError, match='died'):
+      _run(process.proxy.nap(30.0, 1))
+    assert process.exit_code(_SOON) == -signal.SIGKILL
+    _eventually(lambda pid=process.pid: not _is_alive(pid))
+    process.restart(start=3)
+    assert _run(process.proxy.next()) == 4
+  assert py_process._fork_server._server.pid != server
+
+
+# --- Cancellation -----------------------------------------------------------
+
+
+@needs_op
+def test_timed_out_call_leaves_no_stale_answer():
+  process = _start(Counter)
+  seconds, answer = tf.placeholder(tf.float32), tf.placeholder(tf.int32)
+  nap = process.proxy.nap(seconds, answer)
+  with _session() as session:
+    start = time.monotonic()
+    for i in range(3):  # The second and third wait in the queue.
+      with pytest.raises(
+        (tf.errors.DeadlineExceededError, tf.errors.CancelledError)
+      ):
+        session.run(
+          nap,
+          {seconds: 1.5, answer: i},
+          options=tf.RunOptions(timeout_in_ms=50),
+        )
+    assert time.monotonic() - start < 1.4  # Before the method ended.
+    assert session.run(nap, {seconds: 0, answer: 8}) == 8
+    assert session.run(nap, {seconds: 0, answer: 9}) == 9
+
+
+@needs_op
+@pytest.mark.parametrize('closes', ['session', 'process'])
+def test_closing_wakes_callers(closes, pool):
+  process = _start(Counter)
+  nap = process.proxy.nap(2.0, 1)
+  session = _session()
+  calls = [pool.submit(session.run, nap) for _ in range(3)]
+  time.sleep(0.3)
+  closing = pool.submit((session if closes == 'session' else process).close)
+  for call in calls:
+    error = call.exception(1.5)
+    assert isinstance(error, tf.errors.CancelledError), error
+  closing.result(_PATIENCE)
+  session.close()
+
+
+@needs_op
+def test_cancelled_calls_of_many_threads(pool):
+  """Cancellations hit calls at all points of their lives."""
+  process = _start(Counter)
+  number = tf.placeholder(tf.int32)
+  nap = process.proxy.nap(tf.constant(0.001), number)
+
+  def call(i):
+    options = tf.RunOptions(timeout_in_ms=1 + i % 30)
+    try:
+      return session.run(nap, {number: i}, options=options) == i
+    except (tf.errors.DeadlineExceededError, tf.errors.CancelledError):
+      return None
+
+  with _session() as session:
+    outcomes = list(pool.map(call, range(1000)))
+    assert False not in outcomes
+    assert session.run(nap, {number: 5}) == 5
+
+
+# --- Concurrency ------------------------------------------------------------
+
+
+@needs_op
+@pytest.mark.parametrize('threads', [1, 2])
+def test_waiting_calls_hold_no_thread(threads, pool, tmp_path):
+  """All processes are in the method at a time, or none gets out."""
+  num = 48
+
+  class Barrier(Base):
+    SPECS = {'meet': ArraySpec((), np.int32)}
+
+    def __init__(self, folder, number):
+      self._folder, self._number = folder, number
+
+    def meet(self):
+      with open(os.path.join(self._folder, str(self._number)), 'w'):
+        pass
+      deadline = time.monotonic() + 30
+      while len(os.listdir(self._folder)) < num:
+        if time.monotonic() > deadline:
+          raise TimeoutError
+        time.sleep(0.1)
+      return self._number
+
+  processes = [
+    py_process.PyProcess(Barrier, str(tmp_path), i) for i in range(num)
+  ]
+  py_process.start_all(processes)
+  meetings = [process.proxy.meet() for process in processes]
+  with _session(threads) as session:
+    results = pool.map(session.run, meetings, timeout=_PATIENCE)
+    assert list(results) == list(range(num))
+
+
+@pytest.mark.parametrize('threads', [1, 8])
+def test_calls_of_one_process_are_serialised(threads, pool):
+  class Alone(Base):
+    SPECS = {'echo': ArraySpec((), np.int64), 'most': ArraySpec((), np.int32)}
+
+    def __init__(self):
+      self._inside = self._most = 0
+
+    def echo(self, value):
+      self._inside += 1
+      self._most = max(self._most, self._inside)
+      time.sleep(0.001)
+      self._inside -= 1
+      return value
+
+    def most(self):
+      return self._most
+
+  process = _start(Alone)
+  value = tf.placeholder(tf.int64, [])
+  result = process.proxy.echo(value)
+  with _session(threads) as session:
+    values = list(range(300))
+    results = pool.map(lambda v: session.run(result, {value: v}), values)
+    assert list(results) == values
+  assert process.call('most') == 1
+
+
+# --- The process ------------------------------------------------------------
+
+
+def test_process_is_on_its_own():
+  processes = [_start(Inspector) for _ in range(3)]
+  folders, fds = [], []
+  for process in processes:
+    text = _run(process.proxy.look()).decode()
+    modules, cwd, variable, folder, session, links = text.split('|')
+    assert not modules
+    assert cwd == variable == folder
+    assert int(session) == process.pid
+    assert os.path.exists(os.path.join(folder, 'left-behind'))
+    folders.append(folder)
+    fds.append([x for x in links.split() if x.startswith(('socket', 'pipe'))])
+  assert len(set(folders)) == 3
+  # A socket to the program each, and nothing of its siblings.
+  assert [len(x) for x in fds] == [1, 1, 1]
+  assert len({link for x in fds for link in x}) == 3
+  py_process.close_all(processes)
+  assert not any(map(os.path.exists, folders))
+
+
+def test_no_file_descriptors_leak():
+  def count():
+    return len(os.listdir('/proc/self/fd'))
+
+  process = _start(Counter)
+  server = py_process._fork_server._server.pid
+  process.close()
+  ours, servers = count(), len(os.listdir(f'/proc/{server}/fd'))
+  for i in range(50):
+    process.restart(start=i)
+    if i % 10 == 0:
+      assert process.call('next') == i + 1
+      os.kill(process.pid, signal.SIGKILL)
+  process.close()
+  assert count() <= ours
+  _eventually(lambda: len(os.listdir(f'/proc/{server}/fd')) <= servers)
+
+
+# --- Programs ---------------------------------------------------------------
+
+_PROGRAM = """
+  import multiprocessing.shared_memory, os, signal, subprocess, sys, time
+  import numpy as np
+  import tensorflow.compat.v1 as tf
+  import py_process
+
+  tf.disable_eager_execution()
+
+  class Environment:
+    def __init__(self):
+      self._helper = subprocess.Popen(['sleep', '300'])
+      self._memory = multiprocessing.shared_memory.SharedMemory(
+        create=True, size=100)
+
+    def pids(self):
+      return np.array([os.getpid(), os.getppid(), self._helper.pid])
+
+    def memory(self):
+      return self._memory.name
+
+    def folder(self):
+      return os.getcwd()
+
+    def fail(self):
+      raise ValueError('as ordered')
+
+    def nap(self):
+      time.sleep(300)
+
+    @staticmethod
+    def _tensor_specs(method_name, kwargs, constructor_kwargs):
+      if method_name == 'pids':
+        return py_process.ArraySpec([3], np.int64)
+      return py_process.ArraySpec([], object)
+
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  processes = [py_process.PyProcess(Environment) for _ in range(3)]
+  proxies = [process.proxy for process in processes]
+  py_process.start_all(processes)
+  naps = [proxy.nap() for proxy in proxies]
+  session = tf.Session()
+  for proxy in proxies:
+    print('pids', *session.run(proxy.pids()))
+    for name in ('memory', 'folder'):
+      print(name, session.run(getattr(proxy, name)()).decode())
+  print('ready', flush=True)
+"""
+
+
+# session.run itself can't be interrupted.
+_WAIT = """
+  import threading
+  threading.Thread(target=session.run, args=[naps], daemon=True).start()
+  time.sleep(300)
+"""
+
+
+def _program(tmp_path, code, **kwargs):
+  path = tmp_path / 'program.py'
+  path.write_text(textwrap.dedent(_PROGRAM) + textwrap.dedent(code))
+  return _python(path, os.path.dirname(_MODULE), **kwargs)
+
+
+def _python(path, folder, **kwargs):
+  environment = {
+    **os.environ,
+    'PYTHONPATH': folder,
+    'TF_CPP_MIN_LOG_LEVEL': '3',
+    'PYTHONUNBUFFERED': '1',
+    'CUDA_VISIBLE_DEVICES': '-1',
+  }
+  with open(f'{path}.err', 'w') as errors:
+    return subprocess.Popen(
+      [sys.executable, str(path)],
+      stdout=subprocess.PIPE,
+      stderr=errors,
+      text=True,
+      env=environment,
+      **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+  ('code', 'number', 'returncode'),
+  [
+    ('', None, 0),
+    ('session.run(proxies[1].fail())', None, 1),
+    ('session.run(naps)', signal.SIGKILL, -signal.SIGKILL),
+    (_WAIT, signal.SIGINT, None),
+  ],
+)
+def test_nothing_outlives_the_program(tmp_path, code, number, returncode):
+  program = _program(tmp_path, code)
+  try:
+    told = collections.defaultdict(list)
+    for line in program.stdout:
+      name, *values = line.split()
+      if name == 'ready':
+        break
+      told[name] += values
+    pids = [int(pid) for pid in told['pids']]
+    blocks = [f'/dev/shm/{name.lstrip("/")}' for name in told['memory']]
+    assert len(pids) == 9, (tmp_path / 'program.py.err').read_text()
+    if number is not None:
+      time.sleep(0.3)
+      assert all(map(_is_alive, pids))
+      assert all(map(os.path.exists, blocks + told['folder']))
+      program.send_signal(number)
+    code = program.wait(_PATIENCE)
+  finally:
+    program.kill()
+    program.communicate()
+  assert code == returncode if returncode is not None else code != 0
+  _eventually(lambda: not any(map(_is_alive, pids)))
+  _eventually(lambda: not any(map(os.path.exists, blocks + told['folder'])))
+
+
+def test_helper_dies_with_its_process():
+  class Helped(Base):
+    SPECS = {'helper': ArraySpec((), np.int64)}
+
+    def __init__(self):
+      self._helper = subprocess.Popen(['sleep', '300'])
+
+    def helper(self):
+      return self._helper.pid
+
+  process = _start(Helped)
+  helper = int(process.call('helper'))
+  assert _is_alive(helper)
+  os.kill(process.pid, signal.SIGKILL)
+  _eventually(lambda: not _is_alive(helper))
+
+
+_SMALL = """
+  import os, signal, sys
+  import numpy as np
+  import tensorflow.compat.v1 as tf
+  import py_process
+
+  tf.disable_eager_execution()
+
+  class Environment:
+    def add(self, a, b):
+      return {'sum': a + b, 'text': 'ä\\0', 'array': np.ones([2, 0, 3])}
+
+    def fail(self):
+      raise ValueError('as ordered')
+
+    def wrong(self):
+      return np.zeros([2], np.float32)
+
+    @staticmethod
+    def _tensor_specs(method_name, kwargs, constructor_kwargs):
+      if method_name == 'add':
+        return {
+          'sum': py_process.ArraySpec([], np.int32),
+          'text': py_process.ArraySpec([], object),
+          'array': py_process.ArraySpec([2, None, 3], np.float64),
+        }
+      return py_process.ArraySpec([3], np.float32)
+
+  process = py_process.PyProcess(Environment)
+  result = process.proxy.add(tf.constant(2), 3)
+  fail, wrong = process.proxy.fail(), process.proxy.wrong()
+  assert result['array'].shape.as_list() == [2, None, 3]
+
+  def error(call):
+    try:
+      return session.run(call)
+    except tf.errors.OpError as e:
+      return str(e)
+
+  session = tf.Session()
+  assert 'start it first' in error(fail), error(fail)
+  process.start()
+  for _ in range(3):
+    got = session.run(result)
+    assert got['sum'] == 5 and got['text'] == 'ä\\0'.encode(), got
+    assert got['array'].shape == (2, 0, 3)
+  assert 'ValueError: as ordered' in error(fail)
+  assert 'promise' in error(wrong), error(wrong)
+  os.kill(process.pid, signal.SIGKILL)
+  assert 'died' in error(fail)
+  assert process.exit_code(5) == -9
+  process.restart()
+  assert session.run(result)['sum'] == 5
+  print('library', py_process.has_library())
+"""
+
+
+@pytest.mark.parametrize('has_library', [False, True])
+def test_works_with_and_without_the_library(tmp_path, has_library):
+  if has_library and not py_process.has_library():
+    pytest.skip('needs `make ops`')
+  shutil.copy(_MODULE, tmp_path)
+  if has_library:
+    shutil.copy(_MODULE.replace('.py', '_ops.so'), tmp_path)
+  path = tmp_path / 'program.py'
+  path.write_text(textwrap.dedent(_SMALL))
+  output, _ = _python(path, str(tmp_path)).communicate(timeout=_PATIENCE)
+  errors = (tmp_path / 'program.py.err').read_text()
+  assert output == f'library {has_library}\n', errors
+  assert errors.count('make ops') == (0 if has_library else 1)
+
+
+def test_broken_library_is_an_import_error(tmp_path):
+  shutil.copy(_MODULE, tmp_path)
+  (tmp_path / 'py_process_ops.so').write_bytes(b'no library')
+  path = tmp_path / 'program.py'
+  path.write_text(
+    textwrap.dedent("""
+      import py_process
+
+      class Environment:
+        pass
+
+      process = py_process.PyProcess(Environment)
+      for _ in range(2):
+        try:
+          process.start()
+        except ImportError as error:
+          print('make clean ops' in str(error), process.pid)
+    """)
+  )
+  output, _ = _python(path, str(tmp_path)).communicate(timeout=_PATIENCE)
+  assert output == 'True None\nTrue None\n'
