@@ -917,20 +917,21 @@ class Metrics:
     with self._lock:
       self._updates.append(update)
       self.global_step = int(update.learner.global_step)
-    # One row per unroll.
-    for name, done, returns, steps in zip(
-      update.level_name,
-      update.done.T,
-      update.info.episode_return.T,
-      update.info.episode_step.T,
-      strict=True,
-    ):
-      for i in np.flatnonzero(done):
-        self._add_episode(six.ensure_str(name), returns[i], steps[i])
+      # One row per unroll.
+      for name, done, returns, steps in zip(
+        update.level_name,
+        update.done.T,
+        update.info.episode_return.T,
+        update.info.episode_step.T,
+        strict=True,
+      ):
+        for i in np.flatnonzero(done):
+          self._add_episode(six.ensure_str(name), returns[i], steps[i])
 
   def latest_return(self):
     """Returns the mean return of the last episodes, None before the first."""
-    returns = [r for episodes in self._episodes.values() for r, _ in episodes]
+    with self._lock:
+      returns = [r for episodes in self._episodes.values() for r, _ in episodes]
     return np.mean(returns) if returns else None
 
   def report(self, session):
@@ -946,6 +947,11 @@ class Metrics:
     with self._lock:
       updates, seconds = self._updates, time.monotonic() - self._begin
       self._begin_period()
+      played = {
+        level: (len(episodes), *np.mean(episodes, axis=0))
+        for level, episodes in self._episodes.items()
+        if episodes
+      }
     batches, requests, waited = inference - self._last_inference
     self._last_inference = inference
     if not updates:
@@ -962,13 +968,11 @@ class Metrics:
       'inference_wait_seconds': waited / max(requests, 1),
       'environment_restarts': self._loops.restarts,
     }
-    for level, episodes in self._episodes.items():
-      if episodes:
-        mean_return, mean_steps = np.mean(episodes, axis=0)
-        values[f'{level}/mean_return'] = mean_return
-        values[f'{level}/mean_frames'] = mean_steps * FLAGS.num_action_repeats
+    for level, (_, mean_return, mean_steps) in played.items():
+      values[f'{level}/mean_return'] = mean_return
+      values[f'{level}/mean_frames'] = mean_steps * FLAGS.num_action_repeats
     self._write(values)
-    return self._lines(values, updates[-1].learner)
+    return self._lines(values, played, updates[-1].learner)
 
   def _begin_period(self):
     self._begin = time.monotonic()
@@ -1003,14 +1007,13 @@ class Metrics:
       self.global_step,
     )
 
-  def _lines(self, values, learner):
+  def _lines(self, values, played, learner):
     value = values.__getitem__
-    played = [level for level in self._levels if self._episodes[level]]
     lines = [
-      f'{level}: return {value(level + "/mean_return"):.2f}, '
-      f'{value(level + "/mean_frames"):.0f} frames (mean of the last '
-      f'{len(self._episodes[level])} episodes)'
-      for level in played
+      f'{level}: return {mean_return:.2f}, '
+      f'{value(f"{level}/mean_frames"):.0f} frames (mean of the last {count} '
+      'episodes)'
+      for level, (count, mean_return, _) in played.items()
     ]
     return [
       *(lines or ['No episode ended yet.']),
@@ -1209,9 +1212,7 @@ def train():
         config=_session_config(FLAGS.num_actors),
         hooks=[loops],
       ) as session:
-        learner = threading.Thread(
-          target=_run_learner, args=(session, update, metrics, loops.coord)
-        )
+        learner = LearnerLoop(session, update, metrics, loops.coord)
         learner.start()
         _watch(loops, metrics, stop_signals)
         # Wakes whoever waits for the queue; an update under way is finished.
@@ -1219,21 +1220,40 @@ def train():
         loops.session.run(close_queue)
         learner.join()
         py_process.close_all(processes)
+        # An exception inside of the session's context: no checkpoint is saved,
+        # those before it are kept.
+        if learner.error:
+          raise learner.error
     finally:
       py_process.close_all(processes)
 
 
-def _run_learner(session, update, metrics, coord):
-  """Updates until the last frame, or until somebody stops."""
-  with coord.stop_on_exception():
-    while not coord.should_stop():
-      try:
-        metrics.add(session.run(update))
-      except tf.errors.OutOfRangeError:  # The queue was closed.
-        break
-      if metrics.global_step >= FLAGS.total_environment_frames:
-        break
-  coord.request_stop()
+class LearnerLoop(threading.Thread):
+  """Updates until the last frame, or until somebody stops.
+
+  A thread of its own: the main thread must be free to handle signals.
+  """
+
+  def __init__(self, session, update, metrics, coord):
+    super().__init__()
+    self._session = session
+    self._update = update
+    self._metrics = metrics
+    self._coord = coord
+    self.error = None
+
+  def run(self):
+    try:
+      while not self._coord.should_stop():
+        self._metrics.add(self._session.run(self._update))
+        if self._metrics.global_step >= FLAGS.total_environment_frames:
+          break
+    except Exception as error:
+      # The end of the queue, or of the session, isn't the learner's error.
+      if not self._coord.should_stop():
+        self.error = error
+    finally:
+      self._coord.request_stop()
 
 
 def _watch(loops, metrics, stop_signals):
@@ -1380,20 +1400,29 @@ def main(_):
     _check_flags()
     {'train': train, 'test': test}[FLAGS.mode]()
   except UserError as error:
-    sys.exit(_fail(error))
+    _exit(error, 2)
+  except py_process.ProcessError as error:
+    _exit(error, 1)
+  except tf.errors.InvalidArgumentError as error:
+    if _NOT_FINITE not in str(error):
+      raise
+    _exit(
+      f'{_NOT_FINITE}: training stops, the last checkpoint in {FLAGS.logdir} '
+      'is kept. A lower --learning_rate or a --max_gradient_norm may help.',
+      1,
+    )
 
 
-def _fail(error):
-  """Prints one line about a mistake of the user; returns the exit code."""
+def _exit(error, code):
   print(f'experiment.py: {error}', file=sys.stderr)
-  return 2
+  sys.exit(code)
 
 
 def _parse_flags(argv):
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    sys.exit(_fail(error))
+    _exit(error, 2)
 
 
 if __name__ == '__main__':
