@@ -244,7 +244,7 @@ def test_update_equals_the_papers_equations(learner_batch):
 
 
 def value_loss_with_fixed_targets(target, behaviour, env, discounting, shift):
-  """Returns the baseline loss after a shift of all baselines but the targets."""
+  """Returns the baseline loss if all baselines but the targets move."""
   probabilities = softmax(target.policy_logits.astype(np.float64))
   mu = softmax(behaviour.policy_logits.astype(np.float64))
   baseline, total = target.baseline.astype(np.float64), 0.0

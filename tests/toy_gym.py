@@ -92,6 +92,34 @@ LAYOUTS = {
   'Text': (spaces.Text(30), lambda frame: 'no image'),
 }
 
+
+class Thirds(gym.Env):
+  """Asks ten times in which third of the frame a bright square is."""
+
+  def __init__(self):
+    self.observation_space = _image(36, 48, 1)
+    self.action_space = spaces.Discrete(3)
+
+  def reset(self, *, seed=None, options=None):
+    super().reset(seed=seed)
+    self._num_steps = 0
+    return self._observation(), {}
+
+  def step(self, action):
+    reward = 1.0 if action == self._answer else -1.0
+    self._num_steps += 1
+    return self._observation(), reward, self._num_steps == 10, False, {}
+
+  def _observation(self):
+    self._answer = self.np_random.integers(3)
+    x = 16 * self._answer + self.np_random.integers(8)
+    y = self.np_random.integers(28)
+    frame = np.zeros((36, 48, 1), np.uint8)
+    frame[y : y + 8, x : x + 8] = 255
+    return frame
+
+
+gym.register('Thirds-v0', Thirds)
 for _layout in LAYOUTS:
   gym.register(f'{_layout}-v0', Toy, kwargs={'layout': _layout})
 gym.register('Start-v0', Toy, kwargs={'layout': 'Grey', 'start': -1})

@@ -1,0 +1,356 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of the program: real trainings in processes of their own."""
+
+import glob
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import plot
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TESTS = os.path.join(ROOT, 'tests')
+# Small and fast: frames of 4x6 pixels, episodes of 10 steps.
+TOY = [
+  '--level_name=gym:toy_gym:Grey-v0',
+  '--height=4',
+  '--width=6',
+  '--num_action_repeats=1',
+  '--torso=shallow',
+  '--num_actors=2',
+  '--batch_size=2',
+  '--unroll_length=5',
+]
+
+
+class Program:
+  """A run of experiment.py, whose lines can be waited for."""
+
+  def __init__(self, *flags, root=ROOT, path=TESTS):
+    self.process = subprocess.Popen(
+      [sys.executable, os.path.join(root, 'experiment.py'), *flags],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      stdin=subprocess.DEVNULL,
+      text=True,
+      start_new_session=True,
+      env={**os.environ, 'PYTHONPATH': path},
+    )
+    self.output = ''
+
+  def wait_for(self, pattern):
+    for line in self.process.stdout:
+      self.output += line
+      if re.search(pattern, line):
+        return line
+    raise AssertionError(f'{pattern!r} not in:\n{self.output}')
+
+  def finish(self):
+    """Returns the exit code; `output` has all that was said."""
+    self.output += self.process.communicate(timeout=120)[0]
+    return self.process.returncode
+
+
+def run(*flags, **kwargs):
+  program = Program(*flags, **kwargs)
+  return program.finish(), program.output
+
+
+def checkpoint_step(logdir):
+  """Returns the frames of the last checkpoint, by its name; None without."""
+  steps = [
+    int(re.search(r'ckpt-(\d+)', path).group(1))
+    for path in glob.glob(os.path.join(logdir, 'model.ckpt-*.index'))
+  ]
+  return max(steps, default=None)
+
+
+def wait_until(condition):
+  deadline = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+def descendants(pid):
+  """Returns the ids of the processes below `pid`."""
+  children = {}
+  for entry in filter(str.isdigit, os.listdir('/proc')):
+    try:
+      with open(f'/proc/{entry}/stat') as stat:
+        parent = int(stat.read().rpartition(')')[2].split()[1])
+    except OSError:
+      continue
+    children.setdefault(parent, []).append(int(entry))
+  found, todo = [], [pid]
+  while todo:
+    below = children.get(todo.pop(), [])
+    found += below
+    todo += below
+  return found
+
+
+def alive(pid):
+  try:
+    with open(f'/proc/{pid}/stat') as stat:
+      return stat.read().rpartition(')')[2].split()[0] != 'Z'
+  except OSError:
+    return False
+
+
+def training(logdir, *flags):
+  """Starts a training without end, and returns it once it has checkpoints."""
+  program = Program(
+    *TOY, f'--logdir={logdir}', '--save_checkpoint_secs=1', *flags
+  )
+  wait_until(
+    lambda: (
+      (checkpoint_step(logdir) or 0) > 0 or program.process.poll() is not None
+    )
+  )
+  return program
+
+
+def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
+  logdir = str(tmp_path / 'log')
+  code, output = run(
+    *TOY, f'--logdir={logdir}', '--total_environment_frames=200'
+  )
+  assert code == 0, output
+  assert checkpoint_step(logdir) == 200
+  code, output = run(
+    *TOY, f'--logdir={logdir}', '--total_environment_frames=400'
+  )
+  assert code == 0, output
+  assert checkpoint_step(logdir) == 400
+  episodes = plot.read_episodes(logdir)['gym:toy_gym:Grey-v0']
+  # Every episode of the toy has 10 steps; each step's reward is 10 times its
+  # number plus the action of 0 to 2.
+  assert len(episodes) >= 30
+  assert all(550 <= value <= 570 for value in episodes[:, 1])
+  code, output = run(
+    *TOY, f'--logdir={logdir}', '--mode=test', '--test_num_episodes=3'
+  )
+  assert code == 0, output
+  mean, low, high = map(
+    float,
+    re.search(
+      r'return ([\d.]+) .* 3 episodes\), minimum ([\d.]+), maximum ([\d.]+)',
+      output,
+    ).groups(),
+  )
+  assert 550 <= low <= mean <= high <= 570
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_a_checkpoint_and_leaves_nothing(tmp_path, number):
+  logdir = str(tmp_path / 'log')
+  program = training(logdir)
+  below = descendants(program.process.pid)
+  assert len(below) >= 3  # A fork server and two environments.
+  before = checkpoint_step(logdir)
+  program.process.send_signal(number)
+  assert program.finish() == 0, program.output
+  assert f'{number.name}: saving a checkpoint' in program.output
+  saved = checkpoint_step(logdir)
+  assert saved >= before
+  wait_until(lambda: not any(map(alive, below)))
+  # It goes on exactly there: 20 frames are one update.
+  frames = saved + 20
+  code, output = run(
+    *TOY, f'--logdir={logdir}', f'--total_environment_frames={frames}'
+  )
+  assert code == 0, output
+  assert checkpoint_step(logdir) == frames
+
+
+def environment_of(program):
+  """Returns the id of one environment's process of a training."""
+  (server,) = [
+    pid
+    for pid in descendants(program.process.pid)
+    if len(descendants(pid)) >= 2
+  ]
+  return descendants(server)[0]
+
+
+def test_killed_environment_is_restarted_and_training_goes_on(tmp_path):
+  logdir = str(tmp_path / 'log')
+  program = training(logdir)
+  os.kill(environment_of(program), signal.SIGKILL)
+  line = program.wait_for('died with')
+  assert 'exit code -9 (SIGKILL): restart 1 of at most 10' in line
+  step = checkpoint_step(logdir)
+  wait_until(lambda: checkpoint_step(logdir) > step)
+  program.process.send_signal(signal.SIGTERM)
+  assert program.finish() == 0, program.output
+
+
+def test_environment_killed_too_often_ends_training_with_checkpoint(tmp_path):
+  logdir = str(tmp_path / 'log')
+  program = training(logdir, '--max_environment_restarts=0')
+  before = checkpoint_step(logdir)
+  os.kill(environment_of(program), signal.SIGKILL)
+  assert program.finish() == 1
+  assert 'died again, with exit code -9 (SIGKILL)' in program.output
+  assert 'Traceback' not in program.output
+  assert checkpoint_step(logdir) > before
+
+
+def test_environment_that_raises_ends_training_with_its_traceback(tmp_path):
+  (tmp_path / 'faulty.py').write_text(
+    'import toy_gym\n'
+    'import gymnasium as gym\n'
+    'class Faulty(toy_gym.Toy):\n'
+    '  def step(self, action):\n'
+    "    raise ArithmeticError('a fault of mine')\n"
+    "gym.register('Faulty-v0', Faulty, kwargs={'layout': 'Grey'})\n"
+  )
+  code, output = run(
+    *TOY,
+    f'--logdir={tmp_path / "log"}',
+    '--level_name=gym:faulty:Faulty-v0',
+    path=f'{tmp_path}:{TESTS}',
+  )
+  assert code == 1
+  assert 'ArithmeticError: a fault of mine' in output
+
+
+def test_loss_that_is_not_finite_ends_training_and_keeps_checkpoint(tmp_path):
+  logdir = str(tmp_path / 'log')
+  frames = ['--total_environment_frames=40']
+  assert run(*TOY, f'--logdir={logdir}', *frames)[0] == 0
+  code, output = run(*TOY, f'--logdir={logdir}', '--learning_rate=1e38')
+  assert code == 1
+  assert 'The loss or its gradient is not finite' in output
+  assert 'Traceback' not in output
+  assert checkpoint_step(logdir) == 40
+
+
+def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
+  logdir = tmp_path / 'log'
+  frames = ['--total_environment_frames=40']
+  assert run(*TOY, f'--logdir={logdir}', *frames)[0] == 0
+  files = {path.name: path.read_bytes() for path in logdir.iterdir()}
+  for other, difference in (
+    ('--level_name=gym:ALE/Pong-v5', 'policy_logits'),
+    ('--torso=deep', 'deep'),
+    ('--height=40', 'linear'),
+  ):
+    code, output = run(*TOY, f'--logdir={logdir}', other)
+    assert code == 2
+    assert 'holds the checkpoint of another agent' in output
+    assert difference in output
+    assert len(output.splitlines()) == 1
+  assert files == {path.name: path.read_bytes() for path in logdir.iterdir()}
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--num_actors=0', 'num_actors'),
+    ('--batch_size=0', 'batch_size'),
+    ('--unroll_length=0', 'unroll_length'),
+    ('--torso=wide', 'torso'),
+    ('--discounting=1.5', 'discounting'),
+    ('--num_actor=3', 'num_actor'),
+    ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
+    ('--level_name=gym:CartPole-v1', 'image'),
+    ('--logdir=/proc/log', '/proc/log can not be written'),
+    ('--task=0', 'several machines'),
+    ('--mode=test', 'no checkpoint'),
+  ],
+)
+def test_impossible_flag_gets_one_sentence(tmp_path, flag, message):
+  logdir = tmp_path / 'log'
+  code, output = run(*TOY, f'--logdir={logdir}', flag)
+  assert code == 2, output
+  assert message in output
+  assert len(output.splitlines()) <= 2, output
+  assert 'Traceback' not in output
+  assert not logdir.exists()
+
+
+def test_deepmind_lab_that_is_missing_is_told(tmp_path):
+  pytest.importorskip('deepmind_lab')  # The stand-in, hidden from the program.
+  if 'fake' not in sys.modules['deepmind_lab'].__file__:
+    pytest.skip('The real DeepMind Lab is installed.')
+  code, output = run(f'--logdir={tmp_path / "log"}')
+  assert code == 2
+  assert 'needs DeepMind Lab, which is not installed' in output
+  assert 'Dockerfile' in output
+  assert '--level_name=gym:VizdoomBasic-v1' in output
+
+
+FAKE_LAB = os.path.join(TESTS, 'fake_deepmind_lab')
+
+
+def test_training_on_deepmind_labs_stand_in(tmp_path):
+  code, output = run(
+    f'--logdir={tmp_path / "log"}',
+    f'--level_cache_dir={tmp_path / "maps"}',
+    '--torso=shallow',
+    '--unroll_length=5',
+    '--total_environment_frames=80',
+    path=FAKE_LAB,
+  )
+  assert code == 0, output
+  assert checkpoint_step(tmp_path / 'log') == 80
+  assert os.listdir(tmp_path / 'maps')
+
+
+def test_psychlab_without_its_data_is_told(tmp_path):
+  code, output = run(
+    f'--logdir={tmp_path / "log"}', '--level_name=dmlab30', path=FAKE_LAB
+  )
+  assert code == 2
+  assert 'psychlab_arbitrary_visuomotor_mapping' in output
+  assert '--dataset_path' in output
+
+
+def test_training_without_compiled_operations(tmp_path):
+  for path in glob.glob(os.path.join(ROOT, '*.py')):
+    shutil.copy(path, tmp_path)
+  code, output = run(
+    *TOY,
+    f'--logdir={tmp_path / "log"}',
+    '--total_environment_frames=100',
+    root=tmp_path,
+  )
+  assert code == 0, output
+  assert checkpoint_step(tmp_path / 'log') == 100
+  assert output.count('make ops') == 2  # For each of the two libraries.
+
+
+def test_agent_learns_to_answer_what_it_sees(tmp_path):
+  """A bright square is in one third of the frame; its number is the answer."""
+  logdir = str(tmp_path / 'log')
+  level = 'gym:toy_gym:Thirds-v0'
+  code, output = run(
+    f'--level_name={level}',
+    f'--logdir={logdir}',
+    '--num_action_repeats=1',
+    '--torso=shallow',
+    '--num_actors=4',
+    '--batch_size=4',
+    '--unroll_length=20',
+    '--height=36',
+    '--width=48',
+    '--learning_rate=0.0006',
+    '--epsilon=0.01',
+    '--entropy_cost=0.01',
+    '--discounting=0.5',
+    '--max_gradient_norm=40',
+    '--total_environment_frames=30000',
+  )
+  assert code == 0, output
+  returns = plot.read_episodes(logdir)[level][:, 1]
+  # Ten answers, +1 or -1 each: chance is -10/3.
+  assert returns[:50].mean() < 2
+  assert returns[-100:].mean() > 8
