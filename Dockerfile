@@ -88,10 +88,14 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:${PATH}
 
 # deepmind_lab is compiled against NumPy 1's headers, and such a module does not
-# load beside NumPy 2. All the rest runs with either.
+# load beside NumPy 2. All the rest runs with either; the last OpenCV for both
+# is 4.11.
 WORKDIR /opt/impala
 COPY requirements.txt ./
-RUN pip install --no-cache-dir -r requirements.txt 'numpy<2'
+RUN sed -i -e 's/^numpy==[^ ]*/numpy==1.26.4/' \
+      -e 's/^opencv-python-headless==[^ ]*/opencv-python-headless==4.11.0.86/' \
+      requirements.txt \
+    && pip install --no-cache-dir -r requirements.txt
 
 # The name upstream documents is deepmind_lab-1.0-py3-none-any.whl; the glob
 # spares us its version.
@@ -101,7 +105,7 @@ RUN pip install --no-cache-dir --no-deps /tmp/dmlab_pkg/*.whl
 # Without a .dockerignore, `COPY . .` could bring operations compiled for the
 # host, so the sources are named.
 COPY Makefile *.py *.cc ./
-RUN make ops
+RUN make ops PYTHON=python
 
 # -------------------------------------------------------------- final image
 FROM ubuntu:${UBUNTU}

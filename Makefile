@@ -16,10 +16,14 @@ REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
 OPS = dynamic_batching_ops.so py_process_ops.so
 LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 
-# VizdoomBasic: find the monster, shoot it. Some five minutes on two cores.
-QUICK_START = --level_name=gym:VizdoomBasic-v1 --torso=shallow
+# Doom: turn around, and shoot those who come near. Some five minutes on two
+# cores; the same settings serve training and test.
+QUICK_START = --level_name=gym:VizdoomDefendCenter-v1 --torso=shallow \
+  --num_actors=8 --batch_size=4 --unroll_length=20 --learning_rate=0.0006 \
+  --epsilon=0.01 --entropy_cost=0.01 --max_gradient_norm=40 \
+  --total_environment_frames=600000
 
-.PHONY: train test ops lint benchmark clean
+.PHONY: train test ops lint clean
 .DELETE_ON_ERROR:
 
 train: ops
@@ -33,7 +37,7 @@ test: ops lint
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m clang_format --dry-run --Werror *.cc
+	PATH=$(VENV)/bin:$$PATH clang-format --dry-run --Werror *.cc
 
 ops: $(OPS)
 

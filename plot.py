@@ -37,8 +37,10 @@ def read_episodes(logdir):
   """
   import tensorflow.compat.v1 as tf
 
+  # It advises another reader, which TensorFlow 1 doesn't have.
+  tf.logging.set_verbosity(tf.logging.ERROR)
   levels = collections.defaultdict(list)
-  for path in glob.glob(os.path.join(logdir, 'events.out.tfevents.*')):
+  for path in sorted(glob.glob(os.path.join(logdir, 'events.out.tfevents.*'))):
     for event in tf.train.summary_iterator(path):
       for value in event.summary.value:
         if value.tag.endswith(_TAG):
@@ -87,7 +89,9 @@ def draw(runs, output):
     axis.grid(alpha=0.3)
   for axis in axes.flat[len(levels) :]:
     axis.set_visible(False)
-  axes.flat[0].legend(title=f'mean of the last {_EPISODES} episodes')
+  axes.flat[0].legend(
+    title=f'mean of the last {_EPISODES} episodes', loc='upper left', fontsize=8
+  )
   figure.tight_layout()
   figure.savefig(output, dpi=150)
 
