@@ -369,7 +369,9 @@ class Agent(snt.Module):
     policy_logits = self._policy(core_output)
     action = tf.random.categorical(policy_logits, 1, dtype=tf.int32)
     return AgentOutput(
-      action=tf.squeeze(action, 1),
+      # Of logits that are not finite it draws an action beyond the last. The
+      # learner is the one to report them.
+      action=tf.minimum(tf.squeeze(action, 1), self.num_actions - 1),
       policy_logits=policy_logits,
       baseline=tf.squeeze(self._baseline(core_output), 1),
     )
@@ -487,24 +489,24 @@ def build_actor(agent, env, level_name, action_set):
   )
   actions = tf.constant(action_set)
 
-  def step(state, _):
-    agent_output, agent_state = _without_batch(
+  def act(state):
+    # The agent doesn't see the accounts of the episode.
+    env_output = state.env_output._replace(info=())
+    return _without_batch(
       infer(
-        *_with_batch(
-          (
-            state.agent_output.action,
-            # The agent doesn't see the accounts of the episode.
-            state.env_output._replace(info=()),
-            state.agent_state,
-          )
-        )
+        *_with_batch((state.agent_output.action, env_output, state.agent_state))
       )
     )
+
+  def step(state, _):
+    agent_output, agent_state = act(state)
     env_output, env_state = env.step(
       tf.gather(actions, agent_output.action), state.env_state
     )
     return ActorState(agent_state, env_state, env_output, agent_output)
 
+  # Never run: it makes the variables, which a loop can't.
+  act(state)
   # One step after another: each depends on the state that the last returned.
   states = tf.scan(
     step, tf.range(FLAGS.unroll_length), state, parallel_iterations=1
@@ -1244,10 +1246,12 @@ class LearnerLoop(threading.Thread):
 
   def run(self):
     try:
-      while not self._coord.should_stop():
-        self._metrics.add(self._session.run(self._update))
-        if self._metrics.global_step >= FLAGS.total_environment_frames:
-          break
+      # The hooks that save checkpoints need it, and each thread has its own.
+      with self._session.graph.as_default():
+        while not self._coord.should_stop():
+          self._metrics.add(self._session.run(self._update))
+          if self._metrics.global_step >= FLAGS.total_environment_frames:
+            break
     except Exception as error:
       # The end of the queue, or of the session, isn't the learner's error.
       if not self._coord.should_stop():
@@ -1356,10 +1360,12 @@ def _watch_test(loops, returns, stop_signals):
   with tqdm.tqdm(
     total=total, unit=' episodes', disable=not sys.stderr.isatty()
   ) as bar:
-    while bar.n < total and not stop_signals:
+    played = 0
+    while played < total and not stop_signals:
       if loops.coord.wait_for_stop(timeout=0.2):
         break
-      bar.update(sum(map(len, returns.values())) - bar.n)
+      played = sum(map(len, returns.values()))
+      bar.update(played - bar.n)
 
 
 def _print_returns(returns):

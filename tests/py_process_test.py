@@ -79,6 +79,9 @@ class Counter(Base):
     raise ValueError('a message: ' + message.decode())
 
   def kill_itself(self, number):
+    # TensorFlow, which this module imports, may answer a SIGSEGV with SIGABRT.
+    if number != signal.SIGKILL:
+      signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
   def leave(self, code):
