@@ -53,7 +53,11 @@ class Program:
 
   def finish(self):
     """Returns the exit code; `output` has all that was said."""
-    self.output += self.process.communicate(timeout=120)[0]
+    try:
+      self.output += self.process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      raise
     return self.process.returncode
 
 
