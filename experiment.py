@@ -235,7 +235,11 @@ class Agent(snt.Module):
       torso
     ]()
     self._instruction_encoder = _InstructionEncoder()
-    self._core = snt.LSTM(256, name='core')
+    # Inputs weigh twice as much as by default: what is seen has to move the
+    # gates more than the memory does, or learning stays blind for long.
+    self._core = snt.LSTM(
+      256, w_i_init=snt.initializers.VarianceScaling(4.0), name='core'
+    )
     self._policy = snt.Linear(num_actions, name='policy_logits')
     self._baseline = snt.Linear(1, name='baseline')
 
@@ -376,6 +380,11 @@ class Agent(snt.Module):
     )
 
 
+# Keeps the scale of a signal of which a ReLU takes half (arXiv 1502.01852). With
+# Sonnet's default the picture gets fainter layer by layer.
+_RELU_INIT = snt.initializers.VarianceScaling(2.0)
+
+
 class _DeepEncoder(snt.Module):
   """Three sections of a convolution, a pool and two residual blocks."""
 
@@ -389,7 +398,7 @@ class _DeepEncoder(snt.Module):
       (conv(channels), [(conv(channels), conv(channels)) for _ in range(2)])
       for channels in (16, 32, 32)
     ]
-    self._linear = snt.Linear(256)
+    self._linear = snt.Linear(256, w_init=_RELU_INIT)
 
   def __call__(self, frame):
     """Maps float32 [N, height, width, channels] to [N, 256]."""
@@ -408,12 +417,12 @@ class _ShallowEncoder(snt.Module):
     super().__init__('shallow')
     self._network = snt.Sequential(
       [
-        snt.Conv2D(16, 8, stride=4),
+        snt.Conv2D(16, 8, stride=4, w_init=_RELU_INIT),
         tf.nn.relu,
-        snt.Conv2D(32, 4, stride=2),
+        snt.Conv2D(32, 4, stride=2, w_init=_RELU_INIT),
         tf.nn.relu,
         snt.Flatten(),
-        snt.Linear(256),
+        snt.Linear(256, w_init=_RELU_INIT),
         tf.nn.relu,
       ]
     )
