@@ -270,7 +270,9 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
     ('--level_name=gym:CartPole-v1', 'image'),
     ('--logdir=/proc/log', '/proc/log can not be written'),
-    ('--task=0', 'several machines'),
+    ('--job_name=actor', 'needs a --task'),
+    ('--task=1', 'has no --task=1'),
+    ('--learner_address=here', 'is no host:port'),
     ('--mode=test', 'no checkpoint'),
   ],
 )
