@@ -32,9 +32,9 @@ TOY = [
 class Program:
   """A run of experiment.py, whose lines can be waited for."""
 
-  def __init__(self, *flags, root=ROOT, path=TESTS):
+  def __init__(self, *flags, root=ROOT, path=TESTS, prefix=()):
     self.process = subprocess.Popen(
-      [sys.executable, os.path.join(root, 'experiment.py'), *flags],
+      [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
