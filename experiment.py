@@ -25,6 +25,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -1776,7 +1777,7 @@ class Learner:
     self._left = True
     with contextlib.suppress(*_GONE, RuntimeError):
       self._session.run(self._leave, options=_within(_HEARTBEAT_SECONDS))
-    _close(self._session)
+    _close(self._session).join(_HEARTBEAT_SECONDS)
 
   def _stops(self):
     return self.is_done or self._left or bool(self._stop_signals)
@@ -1802,25 +1803,37 @@ class Learner:
   def _connect(self):
     next_line = time.monotonic()
     while not self._stops():
-      session = tf.Session(
-        f'grpc://{FLAGS.learner_address}', self._graph, _remote_config()
+      settings = self._try_connect()
+      if settings is not None:
+        self._check(json.loads(settings))
+        if not self.is_done:
+          _say(f'joined the learner at {FLAGS.learner_address}.')
+        return
+      if time.monotonic() >= next_line:
+        next_line += _WAITING_SECONDS
+        _say(f'waits for the learner at {FLAGS.learner_address}.')
+      time.sleep(0.5)
+
+  def _try_connect(self):
+    """Returns the settings of the learner, None if there's none."""
+    host, _, port = FLAGS.learner_address.rpartition(':')
+    try:
+      # A session would take all its time to find that nobody listens.
+      socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+      return None
+    session = tf.Session(
+      f'grpc://{FLAGS.learner_address}', self._graph, _remote_config()
+    )
+    try:
+      settings, self.is_done = session.run(
+        self._read_settings, options=_within(_ANSWER_SECONDS)
       )
-      try:
-        settings, self.is_done = session.run(
-          self._read_settings, options=_within(_ANSWER_SECONDS)
-        )
-      except _GONE:
-        _close(session)
-        if time.monotonic() >= next_line:
-          next_line += _WAITING_SECONDS
-          _say(f'waits for the learner at {FLAGS.learner_address}.')
-        time.sleep(0.5)
-        continue
-      self._session = session
-      self._check(json.loads(settings))
-      if not self.is_done:
-        _say(f'joined the learner at {FLAGS.learner_address}.')
-      return
+    except _GONE:
+      _close(session)
+      return None
+    self._session = session
+    return settings
 
   def _check(self, theirs):
     for name, ours in self._settings.items():
@@ -1837,8 +1850,19 @@ def _within(seconds):
 
 
 def _close(session):
-  with contextlib.suppress(*_GONE):
-    session.close()
+  """Closes a session; returns the thread that does so.
+
+  If the learner is there, calls under way end. If not, it takes as long as they
+  do.
+  """
+
+  def close():
+    with contextlib.suppress(*_GONE):
+      session.close()
+
+  thread = threading.Thread(target=close, daemon=True)
+  thread.start()
+  return thread
 
 
 def _say(line):
