@@ -85,8 +85,12 @@ def test_tasks_train_to_the_last_frame_and_end(tmp_path):
   with Tasks(tmp_path) as tasks:
     # Actors may come first.
     actors = [tasks.actor(0), tasks.actor(1, '--environments_per_actor=3')]
-    for task, actor in enumerate(actors):
+    impatient = tasks.actor(2)
+    for task, actor in enumerate([*actors, impatient]):
       actor.wait_for(f'Actor {task} waits for the learner at {tasks.address}')
+    impatient.process.send_signal(signal.SIGTERM)
+    assert impatient.finish() == 0, impatient.output
+    assert 'Traceback' not in impatient.output
     learner = tasks.learner('--total_environment_frames=3000')
     below = [pid for a in actors for pid in descendants(a.process.pid)]
     assert learner.finish() == 0, learner.output
@@ -102,9 +106,15 @@ def test_tasks_are_killed_stopped_and_come_back(tmp_path):
   with Tasks(tmp_path) as tasks:
     learner = tasks.learner()
     killed, stopped, other = (tasks.actor(task) for task in range(3))
+    # It fits the learner neither in this nor in that.
+    stranger = tasks.actor(3, '--unroll_length=7', '--torso=deep')
     for _ in range(3):
       learner.wait_for(r'Actor [012] \(localhost:800[123]\) joined')
     tasks.wait_for_training()
+    assert stranger.finish() == 2
+    assert 'The --torso of the learner' in stranger.output
+    assert 'is shallow, that of actor 3 is deep' in stranger.output
+    assert 'Traceback' not in stranger.output
 
     # One is killed, one stopped: the other plays on.
     below = descendants(killed.process.pid)
@@ -121,17 +131,8 @@ def test_tasks_are_killed_stopped_and_come_back(tmp_path):
     for _ in range(2):
       learner.wait_for('Actor [01] .* joined')
 
-    stranger = tasks.actor(3, '--unroll_length=7', '--torso=deep')
-    assert stranger.finish() == 2
-    assert 'The --torso of the learner' in stranger.output
-    assert 'is shallow, that of actor 3 is deep' in stranger.output
-    assert 'Traceback' not in stranger.output
-
-    # The learner is killed: the actors wait for the next, who goes on.
+    # The learner is killed: the actors join the next, who goes on.
     learner.process.kill()
-    actors = [late, stopped, other]
-    for task, actor in enumerate(actors):
-      actor.wait_for(f'Actor {task} waits for the learner')
     step = checkpoint_step(tmp_path)
     learner = tasks.learner()
     for _ in range(3):
@@ -147,15 +148,6 @@ def test_tasks_are_killed_stopped_and_come_back(tmp_path):
     for program in (learner, stopped, other):
       assert program.finish() == 0, program.output
       assert 'Traceback' not in program.output
-
-
-def test_actor_that_waits_ends_at_a_signal(tmp_path):
-  with Tasks(tmp_path) as tasks:
-    actor = tasks.actor(0)
-    actor.wait_for('Actor 0 waits for the learner')
-    actor.process.send_signal(signal.SIGTERM)
-    assert actor.finish() == 0, actor.output
-    assert 'Traceback' not in actor.output
 
 
 class Proxy:
@@ -264,6 +256,26 @@ def test_cable_between_two_hosts_is_cut_and_mended(tmp_path, hosts):
     for program in (learner, near, far):
       assert program.finish() == 0, program.output
       assert 'Traceback' not in program.output
+
+
+def test_learner_on_localhost_is_for_this_host_alone():
+  with socket.socket(socket.AF_INET6) as listener:
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(('::', 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    # Connecting sends nothing, but tells the address of this host.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+      try:
+        probe.connect(('192.0.2.1', 9))
+      except OSError:
+        pytest.skip('This host has no address but 127.0.0.1.')
+      outside = probe.getsockname()[0]
+    socket.create_connection((outside, port)).close()
+    experiment._shut_out_other_hosts(port)
+    socket.create_connection(('127.0.0.1', port)).close()
+    with pytest.raises(TimeoutError):
+      socket.create_connection((outside, port), timeout=0.5)
 
 
 # --- Flags, seeds and levels ------------------------------------------------
