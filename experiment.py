@@ -873,11 +873,11 @@ class ActorLoops(tf.train.SessionRunHook):
     )
 
   def membership(self):
-    """As `ActorTasks.membership`: there is nothing to tell."""
+    """As `ActorTasks.membership`; there is nothing to tell."""
     return {}, []
 
   def changes(self):
-    """As `ActorTasks.changes`: there are none."""
+    """As `ActorTasks.changes`; there are none."""
     return []
 
   def close(self, error=None):
@@ -1213,7 +1213,7 @@ def _create_processes(game, num_actors):
 def _new_graph():
   with tf.Graph().as_default():
     # Actor tasks draw actions each in their own way.
-    is_actor = FLAGS.job_name == 'actor'
+    is_actor = FLAGS.mode == 'train' and FLAGS.job_name == 'actor'
     tf.set_random_seed(
       _seed(FLAGS.seed, FLAGS.task) if is_actor else FLAGS.seed
     )
@@ -1427,7 +1427,7 @@ class Board:
 
   def __init__(self, unroll):
     """Makes the resources; `unroll` is an `Unroll` like those to come."""
-    # Together with the device, as another graph may have other devices.
+    # A name and a device that don't depend on the rest of the graph.
     with tf.name_scope('board/'), tf.device('/cpu:0'):
       self.queue = build_queue(unroll)
       # All of the agent's in one, for one transfer.
