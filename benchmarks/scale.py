@@ -103,14 +103,11 @@ class _Learner:
     with tf.Graph().as_default():
       tf.train.get_or_create_global_step()
       agent = experiment.Agent(_NUM_ACTIONS, FLAGS.torso)
-      output = unroll.actor_output
-      agent.unroll(
-        output.agent_outputs.action[:, np.newaxis],
-        tf.nest.map_structure(
-          lambda x: tf.constant(x[:, np.newaxis]), output.env_outputs
-        ),
-        agent.initial_state(1),
+      output = tf.nest.map_structure(
+        lambda x: tf.constant(x[:, np.newaxis]),
+        (unroll.actor_output.agent_outputs, unroll.actor_output.env_outputs),
       )
+      agent.unroll(output[0].action, output[1], agent.initial_state(1))
       board = experiment.Board(_specs(unroll))
       batch = board.queue.dequeue_many(FLAGS.batch_size)
       with tf.control_dependencies(tf.nest.flatten(batch)):
