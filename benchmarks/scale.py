@@ -187,8 +187,10 @@ def _measure(learner, count):
 
 
 def main(_):
+  FLAGS.actor_address = 'scale'
   if FLAGS.clients:
     _be_actors()
+    return
   learner = _Learner()
   threading.Thread(target=learner.run, daemon=True).start()
   print(
