@@ -6,8 +6,8 @@
 #     --logdir=/shared/dmlab30
 #
 # Submitted again, it goes on from the last checkpoint in --logdir. PYTHON is the
-# interpreter with the requirements installed, ENVIRONMENTS how many environments
-# an actor task plays.
+# interpreter with the requirements installed, ACTORS_PER_NODE the actor tasks of
+# a node, ENVIRONMENTS how many environments each plays.
 #
 # Compute nodes should be in a network of their own: TensorFlow's port asks
 # nobody for a password.
