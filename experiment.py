@@ -10,14 +10,26 @@ learner, which corrects for the difference with V-trace:
 
   python experiment.py --level_name=gym:VizdoomBasic-v1   # Trains.
   python experiment.py --level_name=gym:VizdoomBasic-v1 --mode=test
+
+On many machines, the queue and the parameters are on the learner task, and
+actor tasks reach them over the network (see `Board`):
+
+  python experiment.py --job_name=learner --task=0
+  python experiment.py --job_name=actor --task=0   # And 1, 2, ...
 """
 
 import collections
 import contextlib
+import ctypes
+import errno
 import functools
+import json
 import os
 import re
 import signal
+import socket
+import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -90,6 +102,19 @@ flags.DEFINE_integer(
 flags.DEFINE_enum(
   'job_name', 'learner', ['learner', 'actor'], 'Job of this task.'
 )
+flags.DEFINE_string(
+  'learner_address',
+  'localhost:8000',
+  'host:port of the learner task. With localhost only this host can reach it; '
+  'else it listens on all interfaces, and who reaches it can do anything: only '
+  'for networks that you trust.',
+)
+flags.DEFINE_string(
+  'actor_address',
+  None,
+  'host:port by which the learner calls this actor task in its reports, '
+  'localhost:<8001 + task> by default. Actor tasks open no port.',
+)
 
 # The size of the training.
 flags.DEFINE_integer(
@@ -99,7 +124,17 @@ flags.DEFINE_integer(
   lower_bound=1,
 )
 flags.DEFINE_integer(
-  'num_actors', 4, 'Actors, with an environment process each.', lower_bound=1
+  'num_actors',
+  4,
+  'Actors, with an environment process each. On many machines the actor tasks '
+  'that the learner expects, for its reports alone.',
+  lower_bound=1,
+)
+flags.DEFINE_integer(
+  'environments_per_actor',
+  1,
+  'Environments of an actor task, which share its inference.',
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   'batch_size', 2, 'Unrolls per update of the learner.', lower_bound=1
@@ -691,11 +726,18 @@ class NestQueue:
   """A `tf.FIFOQueue` of nests of tensors."""
 
   def __init__(self, capacity, like, name):
-    """Makes a queue for nests with the structure and shapes of `like`."""
+    """Makes a queue for nests with the structure and shapes of `like`.
+
+    Sessions on one server share the queues of the same name.
+    """
     flat = tf.nest.flatten(like)
     self._like = like
     self.queue = tf.FIFOQueue(
-      capacity, [t.dtype for t in flat], [t.shape for t in flat], name=name
+      capacity,
+      [t.dtype for t in flat],
+      [t.shape for t in flat],
+      shared_name=name,
+      name=name,
     )
 
   def enqueue(self, nest):
@@ -761,40 +803,45 @@ def _swap_leading_dims(tensor):
   return tf.transpose(tensor, [1, 0, *range(2, rank)])
 
 
-def build_training(agent, actor):
-  """Joins actor and learner.
-
-  Returns:
-    The op that plays an unroll and sends it to the learner, the `Update` that
-    takes a batch of them, and the `NestQueue` between both.
-  """
+def build_unroll(actor):
+  """Returns the `Unroll` that a run of the actor plays."""
   with tf.device('/cpu'):
-    unroll = Unroll(actor.output, tf.train.get_global_step().read_value())
-    # As small as can be, for a small lag of the policy and diverse batches.
-    queue = NestQueue(1, unroll, 'unrolls')
     # Read before the first step of the unroll, as the state is fed.
-    enqueue = queue.enqueue(unroll)
+    return Unroll(actor.output, tf.train.get_global_step().read_value())
+
+
+def build_queue(unroll):
+  """Returns the `NestQueue` of unrolls like `unroll` to the learner."""
+  with tf.device('/cpu'):
+    # As small as can be, for a small lag of the policy and diverse batches.
+    return NestQueue(1, unroll, 'unrolls')
+
+
+def build_training(agent, queue):
+  """Returns the `Update` that takes a batch of unrolls from a `NestQueue`."""
+  with tf.device('/cpu'):
     batch, wait_seconds = build_staging(queue)
   output = batch.actor_output
   learner = build_learner(
     agent, output.agent_state, output.env_outputs, output.agent_outputs
   )
   lag = learner.global_step - _frames_per_update() - batch.global_step
-  return (
-    enqueue,
-    Update(
-      learner=learner,
-      level_name=output.level_name,
-      # The first entry was told as the last one of the unroll before.
-      done=output.env_outputs.done[1:],
-      info=tf.nest.map_structure(lambda t: t[1:], output.env_outputs.info),
-      policy_lag=tf.reduce_mean(tf.cast(lag, tf.float32))
-      / _frames_per_update(),
-      queue_size=queue.queue.size(),
-      wait_seconds=wait_seconds,
-    ),
-    queue,
+  return Update(
+    learner=learner,
+    level_name=output.level_name,
+    # The first entry was told as the last one of the unroll before.
+    done=output.env_outputs.done[1:],
+    info=tf.nest.map_structure(lambda t: t[1:], output.env_outputs.info),
+    policy_lag=tf.reduce_mean(tf.cast(lag, tf.float32)) / _frames_per_update(),
+    queue_size=queue.queue.size(),
+    wait_seconds=wait_seconds,
   )
+
+
+# Totals: restarts of environment processes, and see `BatchingStatistics`.
+ActorStatistics = collections.namedtuple(
+  'ActorStatistics', 'restarts batches requests wait_seconds'
+)
 
 
 class ActorLoops(tf.train.SessionRunHook):
@@ -816,7 +863,7 @@ class ActorLoops(tf.train.SessionRunHook):
     """
     self._actor = actor
     self._index = index
-    self._processes = processes
+    self.processes = processes
     self._fetches = fetches
     self._take = take
     self._restarts = [0] * len(processes)
@@ -828,8 +875,27 @@ class ActorLoops(tf.train.SessionRunHook):
     """How many environment processes were restarted."""
     return sum(self._restarts)
 
+  def statistics(self):
+    """Returns the `ActorStatistics` since the start."""
+    return ActorStatistics(
+      self.restarts, *self.session.run(self._actor.inference_statistics)
+    )
+
+  def membership(self):
+    """As `ActorTasks.membership`; there is nothing to tell."""
+    return {}, []
+
+  def changes(self):
+    """As `ActorTasks.changes`; there are none."""
+    return []
+
+  def close(self, error=None):
+    """Ends the environments' processes."""
+    del error
+    py_process.close_all(self.processes)
+
   def begin(self):
-    py_process.start_all(self._processes)
+    py_process.start_all(self.processes)
 
   def after_create_session(self, session, coord):
     self.session, self.coord = session, coord
@@ -840,7 +906,7 @@ class ActorLoops(tf.train.SessionRunHook):
       [self._fetches, tf.nest.flatten(self._actor.next_state)],
       [self._index, *tf.nest.flatten(self._actor.state)],
     )
-    for actor in range(len(self._processes)):
+    for actor in range(len(self.processes)):
       thread = threading.Thread(
         target=self._run, args=(actor, start, unroll), daemon=True
       )
@@ -866,7 +932,7 @@ class ActorLoops(tf.train.SessionRunHook):
 
   def _recover(self, actor, error):
     """Restarts the actor's process if it died, else raises the error."""
-    process = self._processes[actor]
+    process = self.processes[actor]
     exit_code = process.exit_code(timeout=1.0)
     if exit_code is None:
       raise error
@@ -897,8 +963,18 @@ def _describe_exit(exit_code):
 
 def _environment_seed(actor, restart=0):
   """Returns a seed, int32, that differs between actors, restarts and runs."""
-  sequence = np.random.SeedSequence([FLAGS.seed, actor, restart])
-  return int(sequence.generate_state(1)[0] >> 1)
+  number = _first_environment() + actor
+  return _seed(FLAGS.seed, number, restart)
+
+
+def _first_environment():
+  """Returns the number, over all tasks, of this task's first environment."""
+  return max(FLAGS.task, 0) * FLAGS.environments_per_actor
+
+
+def _seed(*numbers):
+  """Returns a seed, int32, that depends on all `numbers`."""
+  return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 
 # --- Metrics ----------------------------------------------------------------
@@ -907,11 +983,10 @@ def _environment_seed(actor, restart=0):
 class Metrics:
   """Collects what the learner and the actors do, and reports it."""
 
-  def __init__(self, logdir, levels, loops, inference_statistics):
+  def __init__(self, logdir, levels, actors):
     self._writer = tf.summary.FileWriterCache.get(logdir)
     self._levels = levels
-    self._loops = loops
-    self._inference_statistics = inference_statistics
+    self._actors = actors
     self._lock = threading.Lock()
     self._episodes = {
       level: collections.deque(maxlen=_EPISODES) for level in levels
@@ -944,16 +1019,15 @@ class Metrics:
       returns = [r for episodes in self._episodes.values() for r, _ in episodes]
     return np.mean(returns) if returns else None
 
-  def report(self, session):
+  def report(self):
     """Writes the metrics of the period that ends now.
-
-    Args:
-      session: to read the statistics of the inference with.
 
     Returns:
       The same for people, a list of lines.
     """
-    inference = np.array(session.run(self._inference_statistics))
+    restarts, *inference = self._actors.statistics()
+    inference = np.array(inference)
+    membership, membership_lines = self._actors.membership()
     with self._lock:
       updates, seconds = self._updates, time.monotonic() - self._begin
       self._begin_period()
@@ -965,7 +1039,8 @@ class Metrics:
     batches, requests, waited = inference - self._last_inference
     self._last_inference = inference
     if not updates:
-      return ['No update of the learner in this period.']
+      self._write(membership)
+      return ['No update of the learner in this period.', *membership_lines]
     frames = len(updates) * _frames_per_update()
     values = {
       'environment_frames_per_second': frames / seconds,
@@ -976,13 +1051,17 @@ class Metrics:
       'policy_lag_updates': np.mean([u.policy_lag for u in updates]),
       'inference_batch_size': requests / max(batches, 1),
       'inference_wait_seconds': waited / max(requests, 1),
-      'environment_restarts': self._loops.restarts,
+      'environment_restarts': restarts,
+      **membership,
     }
     for level, (_, mean_return, mean_steps) in played.items():
       values[f'{level}/mean_return'] = mean_return
       values[f'{level}/mean_frames'] = mean_steps * FLAGS.num_action_repeats
     self._write(values)
-    return self._lines(values, played, updates[-1].learner)
+    return [
+      *self._lines(values, played, updates[-1].learner),
+      *membership_lines,
+    ]
 
   def _begin_period(self):
     self._begin = time.monotonic()
@@ -1031,7 +1110,7 @@ class Metrics:
       f'frames/s, {value("agent_steps_per_second"):.0f} agent steps/s, '
       f'inference batch {value("inference_batch_size"):.1f} after '
       f'{1000 * value("inference_wait_seconds"):.1f} ms, '
-      f'{value("environment_restarts")} environment restarts',
+      f'{value("environment_restarts"):.0f} environment restarts',
       f'learner: {value("learner_updates_per_second"):.2f} updates/s, waits '
       f'for data {value("learner_wait_share"):.0%} of the time, queue '
       f'{value("queue_size"):.1f} of 1 unroll, policy lag '
@@ -1130,7 +1209,7 @@ def _create_processes(game, num_actors):
   """Returns a `PyProcess` per actor; levels are assigned round-robin."""
   return [
     game.family.create(
-      game.levels[actor % len(game.levels)],
+      game.levels[(_first_environment() + actor) % len(game.levels)],
       _environment_seed(actor),
       game.settings,
       game.spec,
@@ -1142,7 +1221,11 @@ def _create_processes(game, num_actors):
 @contextlib.contextmanager
 def _new_graph():
   with tf.Graph().as_default():
-    tf.set_random_seed(FLAGS.seed)
+    # Actor tasks draw actions each in their own way.
+    is_actor = FLAGS.mode == 'train' and FLAGS.job_name == 'actor'
+    tf.set_random_seed(
+      _seed(FLAGS.seed, FLAGS.task) if is_actor else FLAGS.seed
+    )
     tf.train.get_or_create_global_step()
     yield
 
@@ -1151,7 +1234,8 @@ def _build_actor_for(game, agent, processes):
   """Builds the one graph of all actors, and the placeholder of their index."""
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
-  level_name = tf.constant(game.names)[index % len(game.names)]
+  number = _first_environment() + index
+  level_name = tf.constant(game.names)[number % len(game.names)]
   return build_actor(agent, env, level_name, game.spec.action_set), index
 
 
@@ -1195,47 +1279,62 @@ def _make_logdir():
 
 
 def train():
-  """Trains on this machine until the last frame, an error, or a signal."""
+  """Trains until the last frame, an error, or a signal.
+
+  With actors on this machine, or as the learner task of many.
+  """
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
-    processes = _create_processes(game, FLAGS.num_actors)
-    actor, index = _build_actor_for(game, agent, processes)
-    enqueue, update, queue = build_training(agent, actor)
+    prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
+    actors, update, queue = prepare(game, agent)
     _check_checkpoint()
     _make_logdir()
-    loops = ActorLoops(
-      actor, index, processes, enqueue, lambda actor, values: True
-    )
-    metrics = Metrics(
-      FLAGS.logdir, game.names, loops, actor.inference_statistics
-    )
+    metrics = Metrics(FLAGS.logdir, game.names, actors)
     close_queue = queue.queue.close(cancel_pending_enqueues=True)
+    config = _session_config(FLAGS.num_actors)
     try:
       with tf.train.MonitoredTrainingSession(
+        master='' if FLAGS.task == -1 else _start_server(config),
         checkpoint_dir=FLAGS.logdir,
         save_checkpoint_secs=FLAGS.save_checkpoint_secs,
         save_summaries_secs=_REPORT_SECONDS,
         save_summaries_steps=None,
         log_step_count_steps=None,
         stop_grace_period_secs=5,
-        config=_session_config(FLAGS.num_actors),
-        hooks=[loops],
+        config=config,
+        hooks=[actors],
       ) as session:
-        learner = LearnerLoop(session, update, metrics, loops.coord)
+        learner = LearnerLoop(session, update, metrics, actors.coord)
         learner.start()
-        _watch(loops, metrics, stop_signals)
+        _watch(actors, metrics, stop_signals)
+        actors.coord.request_stop()
+        actors.close(learner.error)
         # Wakes whoever waits for the queue; an update under way is finished.
-        loops.coord.request_stop()
-        loops.session.run(close_queue)
+        actors.session.run(close_queue)
         learner.join()
-        py_process.close_all(processes)
         # An exception inside of the session's context: no checkpoint is saved,
         # those before it are kept.
         if learner.error:
           raise learner.error
     finally:
-      py_process.close_all(processes)
+      py_process.close_all(actors.processes)
+
+
+def _prepare_alone(game, agent):
+  """Builds a training whose actors run here.
+
+  Returns:
+    `ActorLoops`, the `Update`, and the `NestQueue` between both.
+  """
+  processes = _create_processes(game, FLAGS.num_actors)
+  actor, index = _build_actor_for(game, agent, processes)
+  unroll = build_unroll(actor)
+  queue = build_queue(unroll)
+  loops = ActorLoops(
+    actor, index, processes, queue.enqueue(unroll), lambda actor, values: True
+  )
+  return loops, build_training(agent, queue), queue
 
 
 class LearnerLoop(threading.Thread):
@@ -1268,13 +1367,13 @@ class LearnerLoop(threading.Thread):
       self._coord.request_stop()
 
 
-def _watch(loops, metrics, stop_signals):
+def _watch(actors, metrics, stop_signals):
   """Shows the progress until the training stops, or a signal comes."""
-  metrics.global_step = int(loops.session.run(tf.train.get_global_step()))
+  metrics.global_step = int(actors.session.run(tf.train.get_global_step()))
   console = Console(metrics.global_step)
   next_report = time.monotonic() + _REPORT_SECONDS
   # Short waits, since a signal is handled between two of them.
-  while not loops.coord.wait_for_stop(timeout=0.5):
+  while not actors.coord.wait_for_stop(timeout=0.5):
     if stop_signals:
       console.say(
         f'{stop_signals[0].name}: saving a checkpoint, then ending. '
@@ -1282,9 +1381,11 @@ def _watch(loops, metrics, stop_signals):
       )
       break
     console.progress(metrics.global_step, metrics.latest_return())
+    for line in actors.changes():
+      console.say(line)
     if time.monotonic() >= next_report:
       next_report += _REPORT_SECONDS
-      console.report(metrics.global_step, metrics.report(loops.session))
+      console.report(metrics.global_step, metrics.report())
   console.close()
 
 
@@ -1306,6 +1407,644 @@ def _stop_signals():
   finally:
     for number, handler in zip(numbers, previous, strict=True):
       signal.signal(number, handler)
+
+
+# --- Training on many machines ----------------------------------------------
+
+_HEARTBEAT_SECONDS = 2  # Between two signs of life of an actor task.
+_LOST_SECONDS = 10  # Without any, an actor task counts as lost.
+_ANSWER_SECONDS = 10  # What the learner has to answer ...
+_ROOM_SECONDS = 60  # ... and, with its queue full, to take an unroll.
+_FAREWELL_SECONDS = 5  # What actor tasks have to see that training is done.
+_WAITING_SECONDS = 30  # Between two lines of an actor task that waits.
+
+# A sign of life of an actor task: when it came and when the task was started
+# (seconds since 1970, by the learner's and by the task's clock), how many
+# unrolls it sent, and the fields of its `ActorStatistics`.
+Beat = collections.namedtuple(
+  'Beat', ('time', 'started', 'unrolls', *ActorStatistics._fields)
+)
+
+
+class Board:
+  """What the learner task shares with its actor tasks, in its memory.
+
+  Both sides build it: its resources have the same names on both, and a session
+  of an actor task on the learner's server uses those of the learner. Actor
+  tasks only call, they are never called: they need neither port nor address.
+  """
+
+  def __init__(self, unroll):
+    """Makes the resources; `unroll` is an `Unroll` like those to come."""
+    # A name and a device that don't depend on the rest of the graph.
+    with tf.name_scope('board/'), tf.device('/cpu:0'):
+      self.queue = build_queue(unroll)
+      # All of the agent's in one, for one transfer.
+      self._parameters = _shared_variable('parameters', tf.float32, [None])
+      self._global_step = _shared_variable('frames', tf.int64, [])
+      self._settings = _shared_variable('settings', tf.string, [])
+      self._done = _shared_variable('done', tf.bool, [])
+      self._beats = tf.raw_ops.MutableHashTableOfTensorsV2(
+        key_dtype=tf.int64,
+        value_dtype=tf.float64,
+        value_shape=[len(Beat._fields)],
+        shared_name='beats',
+      )
+      self._addresses = tf.raw_ops.MutableHashTableV2(
+        key_dtype=tf.int64, value_dtype=tf.string, shared_name='addresses'
+      )
+
+  def publish(self, agent):
+    """Returns the op that shows the agent's parameters as they are now."""
+    with tf.device('/cpu:0'):
+      flat = [
+        tf.reshape(v.read_value(), [-1]) for v in agent.trainable_variables
+      ]
+      step = tf.train.get_global_step().read_value()
+      return tf.group(
+        self._parameters.assign(tf.concat(flat, 0), read_value=False),
+        self._global_step.assign(step, read_value=False),
+      )
+
+  def open(self, settings):
+    """Returns the op after which actor tasks may come."""
+    return tf.group(
+      self._settings.assign(settings, read_value=False),
+      self._done.assign(False, read_value=False),
+    )
+
+  def finish(self):
+    """Returns the op that tells actor tasks to end."""
+    return self._done.assign(True, read_value=False)
+
+  def read(self):
+    """Returns parameters, float32 [N], and the frames they were trained for."""
+    return self._parameters.read_value(), self._global_step.read_value()
+
+  def read_settings(self):
+    """Returns what `open` got, and whether `finish` was run."""
+    return self._settings.read_value(), self._done.read_value()
+
+  def beat(self, task, values, address):
+    """Returns the op of a sign of life, and whether `finish` was run.
+
+    Args:
+      task: int64, number of the actor task.
+      values: float64 [len(Beat._fields) - 1], a `Beat` without its time.
+      address: string, of the actor task.
+    """
+    with tf.device('/cpu:0'):
+      beat = tf.concat([[tf.timestamp()], values], 0)
+      op = tf.group(
+        tf.raw_ops.LookupTableInsertV2(
+          table_handle=self._addresses, keys=[task], values=[address]
+        ),
+        tf.raw_ops.LookupTableInsertV2(
+          table_handle=self._beats, keys=[task], values=[beat]
+        ),
+      )
+    return op, self._done.read_value()
+
+  def leave(self, task):
+    """Returns the op with which an actor task takes its leave."""
+    return tf.raw_ops.LookupTableRemoveV2(table_handle=self._beats, keys=[task])
+
+  def beats(self):
+    """Returns the time, the tasks and their last beats, and all addresses."""
+    tasks, beats = tf.raw_ops.LookupTableExportV2(
+      table_handle=self._beats, Tkeys=tf.int64, Tvalues=tf.float64
+    )
+    addresses = tf.raw_ops.LookupTableExportV2(
+      table_handle=self._addresses, Tkeys=tf.int64, Tvalues=tf.string
+    )
+    with tf.control_dependencies([beats]):
+      now = tf.timestamp()
+    return now, tasks, beats, tuple(addresses)
+
+
+def _shared_variable(name, dtype, shape):
+  # In no collection: it's neither initialised nor saved with the others.
+  return tf.Variable(
+    tf.zeros([n or 0 for n in shape], dtype),
+    shape=tf.TensorShape(shape),
+    name=name,
+    use_resource=True,
+    trainable=False,
+    collections=[],
+  )
+
+
+def _settings(game):
+  """Returns what learner and actor tasks must agree on, as JSON."""
+  return json.dumps(
+    {
+      '--level_name': FLAGS.level_name,
+      '--torso': FLAGS.torso,
+      '--unroll_length': FLAGS.unroll_length,
+      '--num_action_repeats': FLAGS.num_action_repeats,
+      'frame size (--height, --width)': list(game.spec.frame_shape),
+      'number of actions': len(game.spec.action_set),
+    }
+  )
+
+
+# --- The learner task -------------------------------------------------------
+
+
+def _prepare_learner_task(game, agent):
+  """As `_prepare_alone`, but the actors are tasks of their own."""
+  board = Board(_unroll_specs(game))
+  update = build_training(agent, board.queue)
+  actors = ActorTasks(board, agent, update, _settings(game))
+  return actors, update, board.queue
+
+
+def _unroll_specs(game):
+  """Returns the `Unroll` of `tf.TensorSpec` that actor tasks send."""
+  with _new_graph():
+    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    actor, _ = _build_actor_for(game, agent, _create_processes(game, 1))
+    return tf.nest.map_structure(
+      lambda t: tf.TensorSpec(t.shape, t.dtype), build_unroll(actor)
+    )
+
+
+def _start_server(config):
+  """Starts the learner's server; returns how a session reaches it."""
+  try:
+    server = tf.train.Server(
+      {'learner': [FLAGS.learner_address]}, job_name='learner', config=config
+    )
+  except tf.errors.OpError:
+    raise UserError(
+      f'--learner_address={FLAGS.learner_address}: its port can not be '
+      'listened on, probably another program does.'
+    ) from None
+  host, _, port = FLAGS.learner_address.rpartition(':')
+  line = f'Actor tasks can join at {FLAGS.learner_address}.'
+  if host in ('localhost', '127.0.0.1'):
+    _shut_out_other_hosts(int(port))
+  else:
+    line += ' The port is open on all interfaces, and asks for no password.'
+  print(line, flush=True)
+  return server.target
+
+
+# A socket filter (bpf(4), kernel's Documentation/networking/filter.txt) that
+# lets in what is sent to 127.0.0.0/8 or ::1: rows of operation, jumps if true
+# and if false, and operand.
+_IP_HEADER = 2**32 - 2**20
+_LOAD_BYTE, _LOAD_WORD, _AND, _IF_EQUAL, _RETURN = 0x30, 0x20, 0x54, 0x15, 6
+_TO_THIS_HOST = (
+  (_LOAD_BYTE, 0, 0, _IP_HEADER),
+  (_AND, 0, 0, 0xF0),
+  (_IF_EQUAL, 0, 2, 0x40),  # IPv4, else to the sixth row.
+  (_LOAD_BYTE, 0, 0, _IP_HEADER + 16),
+  (_IF_EQUAL, 8, 9, 127),
+  (_LOAD_WORD, 0, 0, _IP_HEADER + 24),
+  (_IF_EQUAL, 0, 7, 0),
+  (_LOAD_WORD, 0, 0, _IP_HEADER + 28),
+  (_IF_EQUAL, 0, 5, 0),
+  (_LOAD_WORD, 0, 0, _IP_HEADER + 32),
+  (_IF_EQUAL, 0, 3, 0),
+  (_LOAD_WORD, 0, 0, _IP_HEADER + 36),
+  (_IF_EQUAL, 0, 1, 1),
+  (_RETURN, 0, 0, 2**32 - 1),  # All of the packet.
+  (_RETURN, 0, 0, 0),  # Nothing of it.
+)
+_SO_ATTACH_FILTER = 26
+
+
+def _shut_out_other_hosts(port):
+  """Has the kernel drop what other hosts send to a port of this process.
+
+  TensorFlow listens on all interfaces and offers no choice.
+  """
+  rows = b''.join(struct.pack('HBBI', *row) for row in _TO_THIS_HOST)
+  rows = ctypes.create_string_buffer(rows)
+  program = struct.pack('HP', len(_TO_THIS_HOST), ctypes.addressof(rows))
+  for fd in map(int, os.listdir('/proc/self/fd')):
+    # Some are no sockets, one was that of the list itself.
+    with contextlib.suppress(OSError), _socket_of(fd) as listener:
+      if (
+        listener.family in (socket.AF_INET, socket.AF_INET6)
+        and listener.getsockname()[1] == port
+      ):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+def _socket_of(fd):
+  """Returns a `socket.socket` of its own for a file descriptor's socket."""
+  if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+    raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+  return socket.socket(fileno=os.dup(fd))
+
+
+class ActorTasks(tf.train.SessionRunHook):
+  """The actor tasks of a learner task, as it knows them by their beats.
+
+  To `train` and `Metrics` what `ActorLoops` are on one machine.
+  """
+
+  processes = ()
+
+  def __init__(self, board, agent, update, settings):
+    """Builds what is needed; the session's start opens the board."""
+    with tf.control_dependencies([board.publish(agent)]):
+      self._open = board.open(settings)
+    with tf.control_dependencies([update.learner.global_step]):
+      self._publish = board.publish(agent)
+    self._finish = board.finish()
+    self._read_beats = board.beats()
+    self._connected = {}  # The last beats by task.
+    self._statistics = {}  # By task and its start.
+    self._period_begin = collections.Counter()  # Unrolls by task and its start.
+    self._num_joined = self._num_lost = 0
+    self.coord = None
+    self.session = None
+
+  def after_create_session(self, session, coord):
+    self.session, self.coord = session, coord
+    session.run(self._open)
+
+  def before_run(self, run_context):
+    del run_context
+    return tf.train.SessionRunArgs(self._publish)
+
+  def changes(self):
+    """Returns lines on who came and went since the last call."""
+    now, tasks, values, addresses = self.session.run(self._read_beats)
+    names = dict(zip(addresses[0], addresses[1], strict=True))
+    beats = {
+      task: Beat(*value) for task, value in zip(tasks, values, strict=True)
+    }
+    connected = {
+      task: beat
+      for task, beat in beats.items()
+      if now - beat.time < _LOST_SECONDS
+    }
+    lines = []
+    for task, beat in connected.items():
+      self._statistics[task, beat.started] = beat
+      before = self._connected.get(task)
+      if before is None or before.started != beat.started:
+        self._num_joined += 1
+        lines.append(f'{_actor_name(task, names)} joined.')
+    for task in self._connected.keys() - connected.keys():
+      if task in beats:
+        self._num_lost += 1
+        lines.append(
+          f'{_actor_name(task, names)} is lost, no sign of life for '
+          f'{_LOST_SECONDS} s.'
+        )
+      else:
+        lines.append(f'{_actor_name(task, names)} left.')
+    self._connected = connected
+    return lines
+
+  def statistics(self):
+    """Returns the `ActorStatistics` of all tasks together."""
+    beats = self._statistics.values()
+    return ActorStatistics(
+      *(
+        sum(getattr(beat, f) for beat in beats) for f in ActorStatistics._fields
+      )
+    )
+
+  def membership(self):
+    """Returns metrics of the tasks since the last call, and lines on them."""
+    total = collections.Counter(
+      {key: beat.unrolls for key, beat in self._statistics.items()}
+    )
+    unrolls = collections.Counter(dict.fromkeys(self._connected, 0))
+    for (task, _), count in (total - self._period_begin).items():
+      unrolls[task] += count
+    self._period_begin = total
+    counts = np.array([unrolls[task] for task in self._connected] or [0])
+    values = {
+      'actors_connected': len(self._connected),
+      'actors_joined': self._num_joined,
+      'actors_lost': self._num_lost,
+      'unrolls_per_actor_minimum': counts.min(),
+      'unrolls_per_actor_mean': counts.mean(),
+      'unrolls_per_actor_maximum': counts.max(),
+    }
+    line = (
+      f'actor tasks: {len(self._connected)} of {FLAGS.num_actors} connected, '
+      f'{self._num_joined} joined and {self._num_lost} lost since the start; '
+      f'unrolls of each {counts.min():.0f} to {counts.max():.0f}'
+    )
+    if self._connected:
+      line += f', fewest of actor {min(self._connected, key=unrolls.get)}'
+    return values, [line]
+
+  def close(self, error):
+    """Tells the tasks to end, unless a restart may mend the error."""
+    if error:
+      return
+    self.session.run(self._finish)
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    while time.monotonic() < deadline:
+      self.changes()
+      if not self._connected:
+        break
+      time.sleep(0.1)
+
+
+def _actor_name(task, addresses):
+  return f'Actor {task} ({six.ensure_str(addresses[task])})'
+
+
+# --- An actor task ----------------------------------------------------------
+
+
+# What befalls a session whose learner ended, restarts, or can't be reached.
+_GONE = (
+  tf.errors.UnavailableError,
+  tf.errors.AbortedError,
+  tf.errors.CancelledError,
+  tf.errors.DeadlineExceededError,
+  tf.errors.FailedPreconditionError,
+  tf.errors.NotFoundError,
+  tf.errors.InternalError,
+  tf.errors.UnknownError,
+)
+
+
+class Learner:
+  """The learner task as an actor task sees it: far away, and mortal.
+
+  Its methods wait for a learner that is gone, and repeat there what failed. For
+  any thread.
+  """
+
+  def __init__(self, unroll, settings, stop_signals):
+    """Builds what is run on the learner; `join` has to come first.
+
+    Args:
+      unroll: an `Unroll` like those to send.
+      settings: string, what the learner has to agree on.
+      stop_signals: list, see `_stop_signals`.
+    """
+    self._settings = json.loads(settings)
+    self._stop_signals = stop_signals
+    self._lock = threading.Lock()  # Of joining.
+    self._session = None
+    self._started = time.time()
+    self._graph = tf.Graph()
+    with self._graph.as_default():
+      board = Board(unroll)
+      self._unroll = tf.nest.map_structure(
+        lambda t: tf.placeholder(t.dtype, t.shape), tf.nest.flatten(unroll)
+      )
+      self._send = board.queue.enqueue(
+        tf.nest.pack_sequence_as(unroll, self._unroll)
+      )
+      self._read = board.read()
+      self._read_settings = board.read_settings()
+      self._beat_values = tf.placeholder(tf.float64, [len(Beat._fields) - 1])
+      task = tf.constant(FLAGS.task, tf.int64)
+      self._beat = board.beat(task, self._beat_values, FLAGS.actor_address)
+      self._leave = board.leave(task)
+    self.is_done = False
+    self._left = False
+
+  def join(self):
+    """Waits for the learner.
+
+    Returns:
+      Whether it's there; else this task is to end.
+
+    Raises:
+      UserError: it has other settings.
+    """
+    with self._lock:
+      self._connect()
+    return not self._stops()
+
+  def send(self, unroll):
+    """Sends an `Unroll` of values; returns False if this task is to end."""
+    feed_dict = dict(zip(self._unroll, tf.nest.flatten(unroll), strict=True))
+    return self._run([self._send], feed_dict, _ROOM_SECONDS) is not None
+
+  def read(self):
+    """Returns what `Board.read` does; None if this task is to end."""
+    return self._run(self._read)
+
+  def beat(self, num_unrolls, statistics):
+    """Gives a sign of life."""
+    values = [self._started, num_unrolls, *statistics]
+    beaten = self._run(self._beat, {self._beat_values: values})
+    if beaten is not None and beaten[1]:
+      self.is_done = True
+
+  def leave(self):
+    """Takes leave of the learner, if it's there, for good."""
+    self._left = True
+    with contextlib.suppress(*_GONE, RuntimeError):
+      self._session.run(self._leave, options=_within(_HEARTBEAT_SECONDS))
+    _close(self._session).join(_HEARTBEAT_SECONDS)
+
+  def _stops(self):
+    return self.is_done or self._left or bool(self._stop_signals)
+
+  def _run(self, fetches, feed_dict=None, seconds=_ANSWER_SECONDS):
+    """Runs something on the learner; returns None if this task is to end."""
+    while not self._stops():
+      session = self._session
+      try:
+        return session.run(fetches, feed_dict, options=_within(seconds))
+      # A RuntimeError: another thread closed the session.
+      except (*_GONE, RuntimeError):
+        self._rejoin(session)
+    return None
+
+  def _rejoin(self, session):
+    with self._lock:
+      # Else another thread did it already.
+      if session is self._session:
+        _close(session)
+        self._connect()
+
+  def _connect(self):
+    next_line = time.monotonic()
+    while not self._stops():
+      settings = self._try_connect()
+      if settings is not None:
+        self._check(json.loads(settings))
+        if not self.is_done:
+          _say(f'joined the learner at {FLAGS.learner_address}.')
+        return
+      if time.monotonic() >= next_line:
+        next_line += _WAITING_SECONDS
+        _say(f'waits for the learner at {FLAGS.learner_address}.')
+      time.sleep(0.5)
+
+  def _try_connect(self):
+    """Returns the settings of the learner, None if there's none."""
+    host, _, port = FLAGS.learner_address.rpartition(':')
+    try:
+      # A session would take all its time to find that nobody listens.
+      socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+      return None
+    session = tf.Session(
+      f'grpc://{FLAGS.learner_address}', self._graph, _remote_config()
+    )
+    try:
+      settings, self.is_done = session.run(
+        self._read_settings, options=_within(_ANSWER_SECONDS)
+      )
+    except _GONE:
+      _close(session)
+      return None
+    self._session = session
+    return settings
+
+  def _check(self, theirs):
+    for name, ours in self._settings.items():
+      if theirs.get(name) != ours:
+        raise UserError(
+          f'The {name} of the learner at {FLAGS.learner_address} is '
+          f'{theirs.get(name)}, that of actor {FLAGS.task} is {ours}: they '
+          'have to be the same.'
+        )
+
+
+def _within(seconds):
+  return tf.RunOptions(timeout_in_ms=1000 * seconds)
+
+
+def _close(session):
+  """Closes a session; returns the thread that does so.
+
+  If the learner is there, calls under way end. If not, it takes as long as they
+  do.
+  """
+
+  def close():
+    with contextlib.suppress(*_GONE):
+      session.close()
+
+  thread = threading.Thread(target=close, daemon=True)
+  thread.start()
+  return thread
+
+
+def _say(line):
+  print(f'Actor {FLAGS.task} {line}', flush=True)
+
+
+def _remote_config():
+  config = tf.ConfigProto(operation_timeout_in_ms=1000 * _ANSWER_SECONDS)
+  # The connection of a learner that vanished, with its host, stays open for
+  # minutes: a new session needs a new one.
+  config.rpc_options.disable_session_connection_sharing = True
+  # There is nothing to optimise, and each actor task would have it done.
+  config.graph_options.rewrite_options.disable_meta_optimizer = True
+  return config
+
+
+class Rounds(tf.train.SessionRunHook):
+  """Has the environments of an actor task play in rounds.
+
+  In a round each plays an unroll, all with the same parameters, which are
+  fetched from the learner between two rounds.
+  """
+
+  def __init__(self, learner, agent, num_environments):
+    self._learner = learner
+    self._barrier = threading.Barrier(num_environments, self._end_round)
+    self._values = (
+      tf.placeholder(tf.float32, [None]),
+      tf.placeholder(tf.int64, []),
+    )
+    parameters, step = self._values
+    variables = agent.trainable_variables
+    parts = tf.split(parameters, [v.shape.num_elements() for v in variables])
+    self._load_op = tf.group(
+      tf.train.get_global_step().assign(step, read_value=False),
+      *(
+        variable.assign(tf.reshape(part, variable.shape), read_value=False)
+        for variable, part in zip(variables, parts, strict=True)
+      ),
+    )
+    self._load = None
+    self.num_unrolls = 0
+
+  def after_create_session(self, session, coord):
+    del coord
+    self._load = session.make_callable(self._load_op, [*self._values])
+    self._fetch()
+
+  def take(self, actor, unroll):
+    """Sends an unroll and waits for the end of the round; see `ActorLoops`."""
+    del actor
+    if not self._learner.send(unroll):
+      return False
+    try:
+      self._barrier.wait()
+    except threading.BrokenBarrierError:
+      return False
+    return True
+
+  def stop(self):
+    """Wakes those who wait for the end of the round."""
+    self._barrier.abort()
+
+  def _end_round(self):
+    self.num_unrolls += self._barrier.parties
+    self._fetch()
+
+  def _fetch(self):
+    values = self._learner.read()
+    if values is not None:
+      self._load(*values)
+
+
+def act():
+  """Plays as an actor task until the learner is done, an error, or a signal."""
+  game = _choose_game()
+  with _new_graph(), _stop_signals() as stop_signals:
+    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    processes = _create_processes(game, FLAGS.environments_per_actor)
+    actor, index = _build_actor_for(game, agent, processes)
+    unroll = build_unroll(actor)
+    learner = Learner(unroll, _settings(game), stop_signals)
+    rounds = Rounds(learner, agent, len(processes))
+    loops = ActorLoops(actor, index, processes, unroll, rounds.take)
+    config = _session_config(len(processes))
+    config.device_count['GPU'] = 0  # Accelerators belong to the learner.
+    try:
+      if learner.join():
+        with tf.train.MonitoredSession(
+          tf.train.ChiefSessionCreator(config=config),
+          hooks=[rounds, loops],
+          stop_grace_period_secs=5,
+        ):
+          _watch_learner(learner, rounds, loops, stop_signals)
+          loops.coord.request_stop()
+          learner.leave()
+          rounds.stop()
+          loops.close()
+      _say(f'ends: {"the learner is done" if learner.is_done else "stopped"}.')
+    finally:
+      loops.close()
+
+
+def _watch_learner(learner, rounds, loops, stop_signals):
+  """Waits for the end, while a thread gives signs of life."""
+
+  def beat():
+    with loops.coord.stop_on_exception():
+      while not loops.coord.wait_for_stop(_HEARTBEAT_SECONDS):
+        learner.beat(rounds.num_unrolls, loops.statistics())
+
+  # The main thread must be free to handle signals.
+  threading.Thread(target=beat, daemon=True).start()
+  while not (stop_signals or learner.is_done):
+    if loops.coord.wait_for_stop(timeout=0.5):
+      break
 
 
 # --- Test -------------------------------------------------------------------
@@ -1398,12 +2137,65 @@ def _print_returns(returns):
 
 
 def _check_flags():
-  """Raises UserError if the flags make no sense together."""
-  if FLAGS.task != -1 or FLAGS['job_name'].present:
+  """Completes the flags; raises UserError if they make no sense together."""
+  if FLAGS.mode == 'test':
+    return
+  if 'TF_CONFIG' in os.environ:
+    _take_tf_config(os.environ['TF_CONFIG'])
+  if FLAGS.task == -1 and (
+    FLAGS['job_name'].present or FLAGS.job_name == 'actor'
+  ):
     raise UserError(
-      'Training on several machines (--task, --job_name) is not built yet: '
-      'leave both out to train on this one.'
+      f'--job_name={FLAGS.job_name} needs a --task: 0 for the learner; 0, 1, 2 '
+      '... for the actors. To train on this machine alone, leave both out.'
     )
+  if FLAGS.task < -1 or (FLAGS.task > 0 and FLAGS.job_name == 'learner'):
+    raise UserError(
+      f'--job_name={FLAGS.job_name} has no --task={FLAGS.task}: the learner is '
+      'task 0, the actors are tasks 0, 1, 2 ...'
+    )
+  if FLAGS.actor_address is None:
+    FLAGS.actor_address = f'localhost:{8001 + FLAGS.task}'
+  for name in ('learner_address', 'actor_address'):
+    address = FLAGS[name].value
+    if not re.fullmatch(r'\S+:[0-9]{1,5}', address):
+      raise UserError(f'--{name}={address} is no host:port.')
+
+
+def _take_tf_config(text):
+  """Sets job, task and addresses as TF_CONFIG, a JSON string, has them."""
+  try:
+    config = json.loads(text)
+    task, cluster = config['task'], config['cluster']
+    values = {
+      'job_name': task['type'],
+      'task': int(task['index']),
+      'learner_address': cluster['learner'][0],
+    }
+    # Actors needn't be listed: more may come.
+    if task['type'] == 'actor' and values['task'] < len(
+      cluster.get('actor', [])
+    ):
+      values['actor_address'] = cluster['actor'][values['task']]
+  except (ValueError, TypeError, LookupError, AttributeError):
+    raise UserError(
+      'TF_CONFIG is not as in {"cluster": {"learner": ["host:port"], "actor": '
+      '["host:port", ...]}, "task": {"type": "actor", "index": 0}}: mend or '
+      'unset it.'
+    ) from None
+  if values['job_name'] not in ('learner', 'actor'):
+    raise UserError(
+      f'The job in TF_CONFIG is {values["job_name"]}, it must be learner or '
+      'actor.'
+    )
+  for name, value in values.items():
+    flag = FLAGS[name]
+    if flag.present and flag.value != value:
+      raise UserError(
+        f'--{name} is {flag.value}, but TF_CONFIG has {value}: leave one of '
+        'them out.'
+      )
+    flag.value = value
 
 
 def main(_):
@@ -1412,7 +2204,8 @@ def main(_):
   )
   try:
     _check_flags()
-    {'train': train, 'test': test}[FLAGS.mode]()
+    run = act if FLAGS.job_name == 'actor' else train
+    {'train': run, 'test': test}[FLAGS.mode]()
   except UserError as error:
     _exit(error, 2)
   except py_process.ProcessError as error:

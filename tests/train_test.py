@@ -32,9 +32,9 @@ TOY = [
 class Program:
   """A run of experiment.py, whose lines can be waited for."""
 
-  def __init__(self, *flags, root=ROOT, path=TESTS):
+  def __init__(self, *flags, root=ROOT, path=TESTS, prefix=()):
     self.process = subprocess.Popen(
-      [sys.executable, os.path.join(root, 'experiment.py'), *flags],
+      [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
@@ -270,7 +270,9 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
     ('--level_name=gym:CartPole-v1', 'image'),
     ('--logdir=/proc/log', '/proc/log can not be written'),
-    ('--task=0', 'several machines'),
+    ('--job_name=actor', 'needs a --task'),
+    ('--task=1', 'has no --task=1'),
+    ('--learner_address=here', 'is no host:port'),
     ('--mode=test', 'no checkpoint'),
   ],
 )

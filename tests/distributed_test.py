@@ -1,0 +1,379 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of learner and actor tasks: real processes, killed and cut off."""
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from train_test import (
+  TOY,
+  Program,
+  alive,
+  checkpoint_step,
+  descendants,
+  wait_until,
+)
+
+import experiment
+from experiment import tf
+
+FLAGS = flags.FLAGS
+if not FLAGS.is_parsed():
+  FLAGS(['distributed_test'])
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(('localhost', 0))
+    return listener.getsockname()[1]
+
+
+class Tasks:
+  """Tasks of one training; those that still run at the end are killed."""
+
+  def __init__(self, logdir):
+    self.logdir = str(logdir)
+    self.address = f'localhost:{free_port()}'
+    self._programs = []
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for program in self._programs:
+      if program.process.poll() is None:
+        program.process.kill()
+        program.process.wait()
+      program.process.stdout.close()
+
+  def start(self, *flags, **kwargs):
+    program = Program(
+      *TOY, f'--learner_address={self.address}', *flags, **kwargs
+    )
+    self._programs.append(program)
+    return program
+
+  def learner(self, *flags, **kwargs):
+    return self.start(
+      '--job_name=learner',
+      '--task=0',
+      f'--logdir={self.logdir}',
+      '--save_checkpoint_secs=1',
+      *flags,
+      **kwargs,
+    )
+
+  def actor(self, task, *flags, **kwargs):
+    return self.start('--job_name=actor', f'--task={task}', *flags, **kwargs)
+
+  def wait_for_training(self):
+    """Waits until training has gone on."""
+    step = checkpoint_step(self.logdir) or 0
+    wait_until(lambda: (checkpoint_step(self.logdir) or 0) > step)
+
+
+def test_tasks_train_to_the_last_frame_and_end(tmp_path):
+  with Tasks(tmp_path) as tasks:
+    # Actors may come first.
+    actors = [tasks.actor(0), tasks.actor(1, '--environments_per_actor=3')]
+    impatient = tasks.actor(2)
+    for task, actor in enumerate([*actors, impatient]):
+      actor.wait_for(f'Actor {task} waits for the learner at {tasks.address}')
+    impatient.process.send_signal(signal.SIGTERM)
+    assert impatient.finish() == 0, impatient.output
+    assert 'Traceback' not in impatient.output
+    learner = tasks.learner('--total_environment_frames=3000')
+    below = [pid for a in actors for pid in descendants(a.process.pid)]
+    assert learner.finish() == 0, learner.output
+    for actor in actors:
+      assert actor.finish() == 0, actor.output
+      assert 'joined the learner' in actor.output
+      assert 'ends: the learner is done' in actor.output
+  assert checkpoint_step(tmp_path) == 3000
+  wait_until(lambda: not any(map(alive, below)))
+
+
+def test_tasks_are_killed_stopped_and_come_back(tmp_path):
+  with Tasks(tmp_path) as tasks:
+    learner = tasks.learner()
+    killed, stopped, other = (tasks.actor(task) for task in range(3))
+    # It fits the learner neither in this nor in that.
+    stranger = tasks.actor(3, '--unroll_length=7', '--torso=deep')
+    for _ in range(3):
+      learner.wait_for(r'Actor [012] \(localhost:800[123]\) joined')
+    tasks.wait_for_training()
+    assert stranger.finish() == 2
+    assert 'The --torso of the learner' in stranger.output
+    assert 'is shallow, that of actor 3 is deep' in stranger.output
+    assert 'Traceback' not in stranger.output
+
+    # One is killed, one stopped: the other plays on.
+    below = descendants(killed.process.pid)
+    killed.process.kill()
+    stopped.process.send_signal(signal.SIGSTOP)
+    for _ in range(2):
+      learner.wait_for('Actor [01] .* is lost')
+    assert not any(map(alive, below))
+    tasks.wait_for_training()
+
+    # They come, or come back.
+    late = tasks.actor(0)
+    stopped.process.send_signal(signal.SIGCONT)
+    for _ in range(2):
+      learner.wait_for('Actor [01] .* joined')
+
+    # The learner is killed: the actors join the next, who goes on.
+    learner.process.kill()
+    step = checkpoint_step(tmp_path)
+    learner = tasks.learner()
+    for _ in range(3):
+      learner.wait_for('Actor [012] .* joined')
+    tasks.wait_for_training()
+    assert checkpoint_step(tmp_path) > step
+
+    # Signals end an actor alone, and a learner with its actors.
+    late.process.send_signal(signal.SIGTERM)
+    assert late.finish() == 0, late.output
+    learner.wait_for('Actor 0 .* left')
+    learner.process.send_signal(signal.SIGINT)
+    for program in (learner, stopped, other):
+      assert program.finish() == 0, program.output
+      assert 'Traceback' not in program.output
+
+
+class Proxy:
+  """Passes TCP connections on to a port, and counts what comes back."""
+
+  def __init__(self, port):
+    self._port = port
+    self._listener = socket.create_server(('localhost', 0))
+    self.address = f'localhost:{self._listener.getsockname()[1]}'
+    self.bytes_back = 0
+
+  def __enter__(self):
+    threading.Thread(target=self._accept, daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    self._listener.shutdown(socket.SHUT_RDWR)
+    self._listener.close()
+
+  def _accept(self):
+    with contextlib.suppress(OSError):
+      while True:
+        near, _ = self._listener.accept()
+        threading.Thread(target=self._pass, args=(near,), daemon=True).start()
+
+  def _pass(self, near):
+    with near, contextlib.suppress(OSError):
+      with socket.create_connection(('localhost', self._port)) as far:
+        while True:
+          for end in select.select([near, far], [], [])[0]:
+            data = end.recv(1 << 20)
+            if not data:
+              return
+            (near if end is far else far).sendall(data)
+            self.bytes_back += len(data) if end is far else 0
+
+
+def test_parameters_are_fetched_once_per_round_of_unrolls(tmp_path):
+  num_environments, num_unrolls = 2, 80
+  with Tasks(tmp_path) as tasks:
+    learner = tasks.learner(f'--total_environment_frames={5 * num_unrolls}')
+    with Proxy(int(tasks.address.rpartition(':')[2])) as proxy:
+      actor = tasks.actor(
+        0,
+        f'--learner_address={proxy.address}',
+        f'--environments_per_actor={num_environments}',
+      )
+      assert learner.finish() == 0, learner.output
+      assert actor.finish() == 0, actor.output
+    checkpoint = tf.train.latest_checkpoint(str(tmp_path))
+    size = sum(
+      4 * tf.TensorShape(shape).num_elements()
+      for name, shape in tf.train.list_variables(checkpoint)
+      if name.startswith('agent/') and 'RMSProp' not in name
+    )
+  fetches = proxy.bytes_back / size
+  num_rounds = num_unrolls / num_environments
+  # One for the first round; and some rounds whose unrolls were on their way at
+  # the end.
+  assert num_rounds <= fetches < num_rounds + 8
+
+
+@pytest.fixture
+def hosts():
+  """Two network namespaces, joined by a cable: (run, cut, restore)."""
+  names = [f'impala{i}-{os.getpid()}' for i in range(2)]
+  cable = [f'im{i}-{os.getpid()}' for i in range(2)]
+
+  def ip(command):
+    subprocess.run(['ip', *command.split()], check=True, capture_output=True)
+
+  try:
+    ip(f'link add {cable[0]} type veth peer name {cable[1]}')
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('Network namespaces need root and iproute2.')
+  try:
+    for i, (name, end) in enumerate(zip(names, cable, strict=True)):
+      ip(f'netns add {name}')
+      ip(f'link set {end} netns {name}')
+      ip(f'-n {name} address add 10.97.0.{i + 1}/24 dev {end}')
+      ip(f'-n {name} link set {end} up')
+      ip(f'-n {name} link set lo up')
+    yield names, lambda state: ip(f'-n {names[0]} link set {cable[0]} {state}')
+  finally:
+    for name in names:
+      subprocess.run(['ip', 'netns', 'delete', name], capture_output=True)
+
+
+def test_cable_between_two_hosts_is_cut_and_mended(tmp_path, hosts):
+  (here, there), set_cable = hosts
+  with Tasks(tmp_path) as tasks:
+    tasks.address = '10.97.0.1:8000'
+    learner = tasks.learner(prefix=['ip', 'netns', 'exec', here])
+    near = tasks.actor(0, prefix=['ip', 'netns', 'exec', here])
+    far = tasks.actor(1, prefix=['ip', 'netns', 'exec', there])
+    for _ in range(2):
+      learner.wait_for('Actor [01] .* joined')
+    tasks.wait_for_training()
+    set_cable('down')
+    learner.wait_for('Actor 1 .* is lost')
+    tasks.wait_for_training()
+    set_cable('up')
+    learner.wait_for('Actor 1 .* joined')
+    tasks.wait_for_training()
+    learner.process.send_signal(signal.SIGTERM)
+    for program in (learner, near, far):
+      assert program.finish() == 0, program.output
+      assert 'Traceback' not in program.output
+
+
+def test_learner_on_localhost_is_for_this_host_alone():
+  with socket.socket(socket.AF_INET6) as listener:
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(('::', 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    # Connecting sends nothing, but tells the address of this host.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+      try:
+        probe.connect(('192.0.2.1', 9))
+      except OSError:
+        pytest.skip('This host has no address but 127.0.0.1.')
+      outside = probe.getsockname()[0]
+    socket.create_connection((outside, port)).close()
+    experiment._shut_out_other_hosts(port)
+    socket.create_connection(('127.0.0.1', port)).close()
+    with pytest.raises(TimeoutError):
+      socket.create_connection((outside, port), timeout=0.5)
+
+
+# --- Flags, seeds and levels ------------------------------------------------
+
+
+def check_flags(monkeypatch, config, *arguments):
+  """Returns job, task and addresses after `_check_flags`."""
+  if config is not None:
+    monkeypatch.setenv('TF_CONFIG', json.dumps(config))
+  with flagsaver.flagsaver():
+    FLAGS.unparse_flags()
+    FLAGS(['experiment', *arguments])
+    experiment._check_flags()
+    return (
+      FLAGS.job_name,
+      FLAGS.task,
+      FLAGS.learner_address,
+      FLAGS.actor_address,
+    )
+
+
+CLUSTER = {'learner': ['a:1'], 'actor': ['b:2', 'c:3']}
+
+
+@pytest.mark.parametrize(
+  ('config', 'arguments', 'expected'),
+  [
+    (None, '', ('learner', -1, 'localhost:8000', 'localhost:8000')),
+    (
+      None,
+      '--job_name=actor --task=2',
+      ('actor', 2, 'localhost:8000', 'localhost:8003'),
+    ),
+    (('actor', 1), '', ('actor', 1, 'a:1', 'c:3')),
+    (('learner', 0), '', ('learner', 0, 'a:1', 'localhost:8001')),
+    # One that came later than the configuration.
+    (('actor', 7), '', ('actor', 7, 'a:1', 'localhost:8008')),
+    (('actor', 1), '--task=1', ('actor', 1, 'a:1', 'c:3')),
+  ],
+)
+def test_flags_and_tf_config(monkeypatch, config, arguments, expected):
+  if config is not None:
+    task = dict(zip(('type', 'index'), config, strict=True))
+    config = {'cluster': CLUSTER, 'task': task}
+  assert check_flags(monkeypatch, config, *arguments.split()) == expected
+
+
+@pytest.mark.parametrize(
+  ('config', 'arguments', 'message'),
+  [
+    ({'task': {'type': 'actor', 'index': 1}}, '', 'TF_CONFIG is not as in'),
+    (['a'], '', 'TF_CONFIG is not as in'),
+    (
+      {'cluster': CLUSTER, 'task': {'type': 'ps', 'index': 0}},
+      '',
+      'must be learner or actor',
+    ),
+    (
+      {'cluster': CLUSTER, 'task': {'type': 'actor', 'index': 1}},
+      '--task=2',
+      '--task is 2, but TF_CONFIG has 1',
+    ),
+    (
+      {'cluster': CLUSTER, 'task': {'type': 'actor', 'index': 1}},
+      '--actor_address=d:4',
+      '--actor_address is d:4, but TF_CONFIG has c:3',
+    ),
+  ],
+)
+def test_tf_config_that_can_not_be_followed(
+  monkeypatch, config, arguments, message
+):
+  with pytest.raises(experiment.UserError, match=re.escape(message)):
+    check_flags(monkeypatch, config, *arguments.split())
+
+
+def test_each_actor_task_draws_actions_of_its_own():
+  seeds = []
+  for job, task in (('learner', -1), ('actor', 0), ('actor', 1)):
+    with flagsaver.flagsaver(job_name=job, task=task):
+      with experiment._new_graph():
+        seeds.append(tf.get_default_graph().seed)
+  assert len(set(seeds)) == 3
+
+
+def test_levels_and_seeds_go_round_over_all_environments(monkeypatch):
+  """Tasks of 2 environments play what one machine with 6 does."""
+
+  class Family:
+    create = staticmethod(lambda level, seed, settings, spec: (level, seed))
+
+  game = experiment.Game(Family, None, ['a', 'b', 'c', 'd'], None, None)
+  alone = experiment._create_processes(game, 6)
+  assert [level for level, _ in alone] == ['a', 'b', 'c', 'd', 'a', 'b']
+  tasks = []
+  for task in range(3):
+    with flagsaver.flagsaver(
+      job_name='actor', task=task, environments_per_actor=2
+    ):
+      tasks += experiment._create_processes(game, 2)
+  assert tasks == alone
