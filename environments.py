@@ -64,7 +64,9 @@ Settings = collections.namedtuple(
     'dataset_path',  # Folder with the data of DeepMind Lab's Psychlab, or ''.
     'level_cache_dir',  # Folder for DeepMind Lab's compiled maps.
     'is_test',  # Whether episodes are played for evaluation.
+    'full_action_set',  # Whether Atari games have all 18 actions.
   ],
+  defaults=[False],
 )
 
 
@@ -288,6 +290,7 @@ class GymEnvironment:
     width,
     num_channels=None,
     is_test=False,
+    full_action_set=False,
   ):
     """Makes the environment.
 
@@ -299,6 +302,8 @@ class GymEnvironment:
       width: of the frame, in pixels.
       num_channels: of the frame, as `describe` found; None in its own process.
       is_test: whether episodes are played for evaluation.
+      full_action_set: whether an Atari game has all 18 actions, and not only
+        those that it makes use of.
 
     Raises:
       ValueError: observations or actions are not as needed.
@@ -310,6 +315,7 @@ class GymEnvironment:
     self._num_action_repeats = num_action_repeats
     self._size = (height, width)
     self._is_test = is_test
+    self._full_action_set = full_action_set
     self._seed = seed
     with warnings.catch_warnings():
       if num_channels is not None:  # The process of `describe` showed them.
@@ -464,6 +470,7 @@ class GymEnvironment:
       width=width,
       num_channels=num_channels,
       is_test=settings.is_test,
+      full_action_set=settings.full_action_set,
     )
 
 
@@ -500,8 +507,9 @@ class AtariEnvironment(GymEnvironment):
   """An Atari game with the paper's preprocessing (appendix G, table G.1).
 
   Frames are the grey maximum of the last two, 84x84, four stacked as channels.
-  A game starts with 1-30 no-ops. In training the loss of a life ends the
-  episode (the game goes on); when tested, the whole game is one.
+  A game starts with 1-30 no-ops and ends after 108,000 frames at the latest,
+  half an hour. In training the loss of a life ends the episode (the game goes
+  on); when tested, the whole game is one.
   """
 
   MODULES = (*GymEnvironment.MODULES, 'ale_py')
@@ -520,6 +528,8 @@ class AtariEnvironment(GymEnvironment):
       level,
       frameskip=1,
       repeat_action_probability=0.0,
+      full_action_space=self._full_action_set,
+      max_num_frames_per_episode=108_000,
       disable_env_checker=True,
     )
     env = wrappers.AtariPreprocessing(

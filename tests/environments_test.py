@@ -933,6 +933,22 @@ def test_atari_life_lost_does_not_end_the_episode_in_test():
   np.testing.assert_array_equal(frame[..., 0], frame[..., 3])
 
 
+def test_atari_suite_has_all_actions_and_games_end_after_half_an_hour():
+  level = 'gym:ALE/Pong-v5'
+  assert _spec(level).action_set.tolist() == list(range(6))
+  spec = _spec(level, full_action_set=True)
+  assert spec.action_set.tolist() == list(range(18))
+  with _playing(level, full_action_set=True) as process:
+    process.call('initial')
+    process.call('step', 17)
+  env = environments.AtariEnvironment('ALE/Pong-v5', 4, 1, 84, 84)
+  try:
+    ale = env._env.unwrapped.ale
+    assert ale.getInt('max_num_frames_per_episode') == 108_000
+  finally:
+    env.close()
+
+
 # --- ViZDoom ----------------------------------------------------------------
 
 _DOOM = 'gym:VizdoomBasic-v1'
