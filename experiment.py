@@ -13,15 +13,21 @@ learner, which corrects for the difference with V-trace:
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import os
+import platform
+import queue
 import re
 import signal
 import sys
 import tempfile
 import threading
 import time
+import zlib
 
 import numpy as np
 import six
@@ -52,9 +58,11 @@ with _quiet_start():
   import sonnet as snt
   import tensorflow.compat.v1 as tf
 
+  import atari57
   import dmlab30
   import dynamic_batching
   import environments
+  import evaluation
   import py_process
   import vtrace
 
@@ -77,12 +85,18 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   'level_name',
   'explore_goal_locations_small',
-  'What to play: a level of DeepMind Lab, dmlab30 for the whole suite, or gym: '
-  'and the id of a Gymnasium environment with images and discrete actions, '
-  'e.g. gym:VizdoomBasic-v1, gym:ALE/Pong-v5.',
+  'What to play: a level of DeepMind Lab, gym: and the id of a Gymnasium '
+  'environment with images and discrete actions, e.g. gym:VizdoomBasic-v1, '
+  'gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
 )
 flags.DEFINE_integer(
   'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1
+)
+flags.DEFINE_string(
+  'checkpoint',
+  '',
+  'The checkpoint to test, e.g. /tmp/agent/model.ckpt-1000; the last one in '
+  '--logdir if this is not given.',
 )
 flags.DEFINE_integer(
   'task', -1, 'Number of this task; -1 is training on one machine.'
@@ -99,7 +113,11 @@ flags.DEFINE_integer(
   lower_bound=1,
 )
 flags.DEFINE_integer(
-  'num_actors', 4, 'Actors, with an environment process each.', lower_bound=1
+  'num_actors',
+  4,
+  'Actors, with an environment process each; in test mode, how many episodes '
+  'are played at once.',
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   'batch_size', 2, 'Unrolls per update of the learner.', lower_bound=1
@@ -143,7 +161,7 @@ flags.DEFINE_integer(
   'max_environment_restarts',
   10,
   'How often the environment process of an actor may die and be restarted '
-  'before training stops.',
+  'before training stops, or that of a level before its test is given up.',
   lower_bound=0,
 )
 
@@ -194,6 +212,43 @@ flags.DEFINE_float(
   0.0,
   'Gradients of a larger global norm are scaled down to it; 0 is off.',
   lower_bound=0,
+)
+
+# A benchmark of many levels: the module with its levels and reference scores,
+# the folder of the levels, and its scores: functions of the returns by level.
+Suite = collections.namedtuple('Suite', 'module folder aggregates')
+
+SUITES = {
+  'dmlab30': Suite(
+    dmlab30,
+    'contributed/dmlab30/',
+    {
+      'no_cap': functools.partial(
+        dmlab30.compute_human_normalized_score, per_level_cap=None
+      ),
+      'cap_100': functools.partial(
+        dmlab30.compute_human_normalized_score, per_level_cap=100
+      ),
+    },
+  ),
+  'atari57': Suite(
+    atari57,
+    '',
+    {
+      'median': atari57.compute_human_normalized_score,
+      'mean': functools.partial(
+        atari57.compute_human_normalized_score, aggregate=np.mean
+      ),
+    },
+  ),
+}
+
+# Whose versions decide the course of an episode, where they are installed.
+_ENVIRONMENT_PACKAGES = (
+  'ale-py',
+  'minigrid',
+  'opencv-python-headless',
+  'vizdoom',
 )
 
 _NOT_FINITE = 'The loss or its gradient is not finite'
@@ -465,7 +520,7 @@ Actor = collections.namedtuple(
 )
 
 
-def build_actor(agent, env, level_name, action_set):
+def build_actor(agent, env, level_name, action_set, noise_seed=None):
   """Builds the loop in which an actor plays one unroll.
 
   Args:
@@ -473,14 +528,30 @@ def build_actor(agent, env, level_name, action_set):
     env: `FlowEnvironment`.
     level_name: string scalar, tensor or not.
     action_set: array [num_actions, ...], what `env.step` takes.
+    noise_seed: int32 scalar tensor, from which, with the number of the step in
+      its episode, actions are drawn: the same ones in each run, however its
+      inference was batched. None draws them from the graph's random numbers.
 
   Returns:
     `Actor`.
   """
+  is_reproducible = noise_seed is not None
 
   @dynamic_batching.batch_fn
   def infer(last_action, env_output, agent_state):
-    return agent((last_action, env_output), agent_state)
+    requests = (last_action, env_output), agent_state
+    if not is_reproducible:
+      return agent(*requests)
+    # Products of one row are computed in another way and round differently;
+    # from two rows on, a row's results don't depend on the others.
+    batch_size = tf.shape(last_action)[0]
+    padding = tf.cast(batch_size < 2, tf.int32)
+    results = agent(
+      *tf.nest.map_structure(
+        lambda t: tf.concat([t, t[:padding]], axis=0), requests
+      )
+    )
+    return tf.nest.map_structure(lambda t: t[:batch_size], results)
 
   initial_state = _build_initial_state(agent, env)
   state = tf.nest.map_structure(
@@ -491,11 +562,20 @@ def build_actor(agent, env, level_name, action_set):
   def act(state):
     # The agent doesn't see the accounts of the episode.
     env_output = state.env_output._replace(info=())
-    return _without_batch(
-      infer(
-        *_with_batch((state.agent_output.action, env_output, state.agent_state))
-      )
+    agent_output, agent_state = infer(
+      *_with_batch((state.agent_output.action, env_output, state.agent_state))
     )
+    if is_reproducible:
+      action = tf.random.stateless_categorical(
+        agent_output.policy_logits,
+        1,
+        seed=[noise_seed, state.env_state.episode_step],
+        dtype=tf.int32,
+      )
+      agent_output = agent_output._replace(
+        action=tf.minimum(tf.squeeze(action, 1), agent.num_actions - 1)
+      )
+    return _without_batch((agent_output, agent_state))
 
   def step(state, _):
     agent_output, agent_state = act(state)
@@ -986,14 +1066,10 @@ class Metrics:
       f'{level}/episode_return': episode_return,
       f'{level}/episode_frames': steps * FLAGS.num_action_repeats,
     }
-    if FLAGS.level_name == 'dmlab30' and len(self._returns) == len(
-      self._levels
-    ):
-      score = functools.partial(
-        dmlab30.compute_human_normalized_score, self._returns
-      )
-      values['dmlab30/training_no_cap'] = score(per_level_cap=None)
-      values['dmlab30/training_cap_100'] = score(per_level_cap=100)
+    suite = SUITES.get(FLAGS.level_name)
+    if suite and len(self._returns) == len(self._levels):
+      for name, aggregate in suite.aggregates.items():
+        values[f'{FLAGS.level_name}/training_{name}'] = aggregate(self._returns)
       self._returns.clear()
     self._write(values)
 
@@ -1085,22 +1161,21 @@ class UserError(Exception):
 
 
 # What is played: the class of the levels' family, the levels' names for people
-# and for the environments, and what `describe` told of them.
-Game = collections.namedtuple('Game', 'family names levels settings spec')
+# and for the environments, what `describe` told of them, and a dict from the
+# names of the levels that can't be played to the reasons.
+Game = collections.namedtuple(
+  'Game', 'family names levels settings spec missing'
+)
 
 
 def _choose_game():
   """Finds out what the flags ask to play; raises UserError if it can't be."""
   is_test = FLAGS.mode == 'test'
-  names = [FLAGS.level_name]
-  if FLAGS.level_name == 'dmlab30':
-    names = list(
-      dmlab30.LEVEL_MAPPING.values() if is_test else dmlab30.LEVEL_MAPPING
-    )
-  suite = {*dmlab30.LEVEL_MAPPING, *dmlab30.LEVEL_MAPPING.values()}
-  levels = [
-    f'contributed/dmlab30/{name}' if name in suite else name for name in names
-  ]
+  names, suite = [FLAGS.level_name], SUITES.get(FLAGS.level_name)
+  if suite:
+    mapping = suite.module.LEVEL_MAPPING
+    names = list(mapping.values() if is_test else mapping)
+  levels = [_full_name(name) for name in names]
   settings = environments.Settings(
     height=FLAGS.height if FLAGS['height'].present else None,
     width=FLAGS.width if FLAGS['width'].present else None,
@@ -1108,25 +1183,56 @@ def _choose_game():
     dataset_path=FLAGS.dataset_path,
     level_cache_dir=os.path.expanduser(FLAGS.level_cache_dir),
     is_test=is_test,
+    # One agent plays all levels.
+    full_action_set=suite is not None,
   )
   family = environments.family_of(levels[0])
-  try:
-    specs = [family.describe(level, settings) for level in levels]
-  except ValueError as error:
-    raise UserError(str(error)) from None
-  return Game(family, names, levels, settings, specs[0])
+
+  def describe(level):
+    try:
+      return family.describe(level, settings)
+    except ValueError as error:
+      return UserError(str(error))
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    specs = dict(zip(names, pool.map(describe, levels), strict=True))
+  missing = {
+    name: specs.pop(name)
+    for name in names
+    if isinstance(specs[name], UserError)
+  }
+  # A test tells what it can of the other levels.
+  if missing and not (is_test and specs):
+    raise next(iter(missing.values()))
+  spec = next(iter(specs.values()))
+  return Game(family, names, levels, settings, spec, missing)
 
 
-def _create_processes(game, num_actors):
-  """Returns a `PyProcess` per actor; levels are assigned round-robin."""
+def _full_name(name):
+  """Returns what a level's environment calls it."""
+  for suite in SUITES.values():
+    mapping = suite.module.LEVEL_MAPPING
+    if name in mapping or name in mapping.values():
+      return suite.folder + name
+  return name
+
+
+def _create_processes(game, count, seed_of):
+  """Returns some `PyProcess`, not started; levels are assigned round-robin.
+
+  Args:
+    game: `Game`.
+    count: int, how many.
+    seed_of: function from a process's index to its environment's seed.
+  """
   return [
     game.family.create(
-      game.levels[actor % len(game.levels)],
-      _environment_seed(actor),
+      game.levels[index % len(game.levels)],
+      seed_of(index),
       game.settings,
       game.spec,
     )
-    for actor in range(num_actors)
+    for index in range(count)
   ]
 
 
@@ -1138,12 +1244,21 @@ def _new_graph():
     yield
 
 
-def _build_actor_for(game, agent, processes):
-  """Builds the one graph of all actors, and the placeholder of their index."""
+def _build_actor_for(game, agent, processes, noise_seeds=None):
+  """Builds the one graph of all actors, and the placeholder of their index.
+
+  Args:
+    game: `Game`.
+    agent: `Agent`.
+    processes: list of `PyProcess`, made by `_create_processes`.
+    noise_seeds: for `build_actor`, a list of ints, one for each process.
+  """
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
   level_name = tf.constant(game.names)[index % len(game.names)]
-  return build_actor(agent, env, level_name, game.spec.action_set), index
+  noise_seed = None if noise_seeds is None else tf.constant(noise_seeds)[index]
+  actor = build_actor(agent, env, level_name, game.spec.action_set, noise_seed)
+  return actor, index
 
 
 def _session_config(num_actors):
@@ -1156,9 +1271,8 @@ def _session_config(num_actors):
   return config
 
 
-def _check_checkpoint():
-  """Raises UserError if the log directory holds another agent's checkpoint."""
-  checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+def _check_checkpoint(checkpoint, place):
+  """Raises UserError if a checkpoint, which may be None, is another agent's."""
   if checkpoint is None:
     return
   theirs = dict(tf.train.list_variables(checkpoint))
@@ -1166,7 +1280,7 @@ def _check_checkpoint():
     name, ours = variable.op.name, variable.shape.as_list()
     if theirs.get(name) != ours:
       raise UserError(
-        f'{FLAGS.logdir} holds the checkpoint of another agent: its {name} is '
+        f'{place} holds the checkpoint of another agent: its {name} is '
         f'{theirs.get(name, "missing")}, here it is {ours}. Give another '
         '--logdir, or the --level_name, --torso, --height and --width that it '
         'was trained with.'
@@ -1174,14 +1288,18 @@ def _check_checkpoint():
 
 
 def _make_logdir():
+  _make_folder('logdir', FLAGS.logdir)
+
+
+def _make_folder(flag, path):
   try:
-    os.makedirs(FLAGS.logdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=FLAGS.logdir):
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
       pass
   except OSError as error:
     raise UserError(
-      f'--logdir={FLAGS.logdir} can not be written ({error.strerror}): give a '
-      'folder that can.'
+      f'--{flag}={FLAGS[flag].value} can not be written ({error.strerror}): '
+      'give a folder that can.'
     ) from None
 
 
@@ -1190,10 +1308,10 @@ def train():
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
-    processes = _create_processes(game, FLAGS.num_actors)
+    processes = _create_processes(game, FLAGS.num_actors, _environment_seed)
     actor, index = _build_actor_for(game, agent, processes)
     enqueue, update, queue = build_training(agent, actor)
-    _check_checkpoint()
+    _check_checkpoint(tf.train.latest_checkpoint(FLAGS.logdir), FLAGS.logdir)
     _make_logdir()
     loops = ActorLoops(
       actor, index, processes, enqueue, lambda actor, values: True
@@ -1303,86 +1421,314 @@ def _stop_signals():
 
 
 def test():
-  """Plays --test_num_episodes on each level with the last checkpoint."""
-  checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+  """Plays --test_num_episodes on each level, and tells how it went.
+
+  Which episodes are played is fixed beforehand, and each has an environment
+  process and seeds of its own. So the number of actors, what was played before
+  an interruption, and how long episodes take change nothing.
+
+  Exits with code 1 if not all of them could be played.
+  """
+  checkpoint = _find_checkpoint()
+  game = _choose_game()
+  with _new_graph(), _stop_signals() as stop_signals:
+    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    # Round after round through the levels.
+    count = FLAGS.test_num_episodes * len(game.names)
+    seeds = [_test_seeds(game, index) for index in range(count)]
+    processes = _create_processes(game, count, lambda index: seeds[index][0])
+    actor, index = _build_actor_for(
+      game, agent, processes, [noise_seed for _, noise_seed in seeds]
+    )
+    _check_checkpoint(checkpoint, FLAGS.checkpoint or FLAGS.logdir)
+    results = _open_results(game, checkpoint)
+    loops = TestLoops(actor, index, processes, game, results)
+    if loops.num_workers:
+      with tf.train.MonitoredSession(
+        tf.train.ChiefSessionCreator(
+          config=_session_config(loops.num_workers),
+          checkpoint_filename_with_path=checkpoint,
+        ),
+        hooks=[loops],
+      ):
+        try:
+          _watch_test(loops, results, stop_signals)
+        finally:
+          loops.stop()
+          results.save()
+  results.save()
+  print(results.table())
+  print(f'Results: {results.path}.json, {results.path}.csv')
+  if stop_signals:
+    print('Interrupted: the same command plays the missing episodes.')
+  if not results.is_complete():
+    sys.exit(1)
+
+
+def _find_checkpoint():
+  """Returns the path of the checkpoint to test; raises UserError without."""
+  checkpoint = FLAGS.checkpoint or tf.train.latest_checkpoint(FLAGS.logdir)
   if checkpoint is None:
     raise UserError(
       f'{FLAGS.logdir} holds no checkpoint to test: give the --logdir of a '
       'training.'
     )
-  game = _choose_game()
-  with _new_graph(), _stop_signals() as stop_signals:
-    agent = Agent(len(game.spec.action_set), FLAGS.torso)
-    # One for each level: it can't favour short episodes, as the first to finish
-    # of several would.
-    processes = _create_processes(game, len(game.levels))
-    actor, index = _build_actor_for(game, agent, processes)
-    _check_checkpoint()
-    returns = {name: [] for name in game.names}
-    outputs = actor.output.env_outputs
+  try:
+    tf.train.load_variable(checkpoint, 'global_step')
+  except (tf.errors.OpError, ValueError) as error:
+    raise UserError(
+      f'The checkpoint {checkpoint} does not exist or can not be read '
+      f'({str(error).splitlines()[0].rstrip(".")}): give its path without an '
+      'extension, e.g. --checkpoint=/tmp/agent/model.ckpt-1000.'
+    ) from None
+  return checkpoint
 
-    def take(actor, values):
-      done, episode_returns = values
-      episodes = returns[game.names[actor]]
-      # The first entry was seen as the last of the unroll before.
-      episodes.extend(episode_returns[1:][done[1:]])
-      del episodes[FLAGS.test_num_episodes :]
-      return len(episodes) < FLAGS.test_num_episodes
 
-    loops = ActorLoops(
-      actor,
-      index,
-      processes,
-      (outputs.done, outputs.info.episode_return),
-      take,
+def _test_seeds(game, index):
+  """Returns the seeds of a test episode, of its environment and its actions.
+
+  They are the same whether its level is tested alone or with its suite.
+  """
+  name = game.names[index % len(game.names)]
+  number = index // len(game.names)
+  sequence = np.random.SeedSequence(
+    [FLAGS.seed, zlib.crc32(name.encode()), number]
+  )
+  return [int(seed >> 1) for seed in sequence.generate_state(2)]
+
+
+def _open_results(game, checkpoint):
+  """Returns the `evaluation.Results` of what the flags ask for."""
+  folder = os.path.join(FLAGS.logdir, 'test')
+  _make_folder('logdir', folder)
+  frames = int(tf.train.load_variable(checkpoint, 'global_step'))
+  level = re.sub(r'[^\w.-]+', '_', FLAGS.level_name)
+  # The index holds the checksums of all variables.
+  with open(checkpoint + '.index', 'rb') as file:
+    fingerprint = hashlib.sha256(file.read()).hexdigest()
+  suite = SUITES.get(FLAGS.level_name)
+  try:
+    results = evaluation.Results(
+      path=os.path.join(folder, f'{level}-frames{frames}-seed{FLAGS.seed}'),
+      settings={
+        'level_name': FLAGS.level_name,
+        'checkpoint': os.path.basename(checkpoint),
+        'checkpoint_sha256': fingerprint,
+        'frames': frames,
+        'seed': FLAGS.seed,
+        'num_action_repeats': FLAGS.num_action_repeats,
+        'frame_shape': list(game.spec.frame_shape),
+      },
+      levels=game.names,
+      num_episodes=FLAGS.test_num_episodes,
+      references=_reference_scores(game.names),
+      aggregates=suite.aggregates if suite else {},
+      facts={'flags': _flag_values(), 'versions': _versions()},
     )
+  except evaluation.OtherEvaluation as error:
+    raise UserError(str(error)) from None
+  for name, reason in game.missing.items():
+    results.give_up(name, str(reason))
+  return results
+
+
+def _reference_scores(names):
+  """Returns a dict from levels of suites to their (human, random) returns."""
+  references = {}
+  for suite in SUITES.values():
+    module = suite.module
+    for name in names:
+      level = module.LEVEL_MAPPING.get(name, name)
+      if level in module.HUMAN_SCORES:
+        references[name] = (
+          module.HUMAN_SCORES[level],
+          module.RANDOM_SCORES[level],
+        )
+  return references
+
+
+def _flag_values():
+  own = FLAGS.get_flags_for_module(sys.modules[__name__])
+  return {flag.name: flag.value for flag in own}
+
+
+def _versions():
+  """Returns the versions of what decides the course of an episode."""
+  versions = {'python': platform.python_version()}
+  for name in ('tensorflow', 'dm-sonnet', 'gymnasium', *_ENVIRONMENT_PACKAGES):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
+class TestLoops(tf.train.SessionRunHook):
+  """Plays the episodes of a test that the results don't have yet.
+
+  Some threads take them one after another. Each starts the episode's process,
+  plays to the end, and closes the process.
+  """
+
+  def __init__(self, actor, index, processes, game, results):
+    """Prepares the loops; the session's start starts them.
+
+    Args:
+      actor: `Actor`.
+      index: int placeholder, which process plays.
+      processes: list of `PyProcess`, one per episode, round after round through
+        the levels.
+      game: `Game`.
+      results: `evaluation.Results`.
+    """
+    self._actor = actor
+    self._index = index
+    self._processes = processes
+    self._names = game.names
+    self._results = results
+    self._episodes = queue.SimpleQueue()
+    for episode in range(len(processes)):
+      name, number = self._identify(episode)
+      if not results.has(name, number) and name not in results.missing:
+        self._episodes.put(episode)
+    self.num_workers = min(FLAGS.num_actors, self._episodes.qsize())
+    # The running processes, which their thread closes or, to wake it, `stop`.
+    self._running = set()
+    self._lock = threading.Lock()
+    self._threads = []
+    self.coord = None
+
+  def after_create_session(self, session, coord):
+    self.coord = coord
+    outputs = self._actor.output.env_outputs
+    start = session.make_callable(
+      tf.nest.flatten(self._actor.initial_state), [self._index]
+    )
+    unroll = session.make_callable(
+      [
+        (outputs.done, outputs.info),
+        tf.nest.flatten(self._actor.next_state),
+      ],
+      [self._index, *tf.nest.flatten(self._actor.state)],
+    )
+    for _ in range(self.num_workers):
+      thread = threading.Thread(
+        target=self._run, args=(start, unroll), daemon=True
+      )
+      coord.register_thread(thread)
+      self._threads.append(thread)
+      thread.start()
+
+  def is_running(self):
+    return any(thread.is_alive() for thread in self._threads)
+
+  def stop(self):
+    """Ends the episodes under way."""
+    self.coord.request_stop()
+    while self.is_running():
+      with self._lock:
+        py_process.close_all(self._running)
+      time.sleep(0.1)
+
+  def _identify(self, episode):
+    """Returns the level's name and the episode's number in it."""
+    number, level = divmod(episode, len(self._names))
+    return self._names[level], number
+
+  def _run(self, start, unroll):
+    with self.coord.stop_on_exception():
+      while not self.coord.should_stop():
+        try:
+          episode = self._episodes.get_nowait()
+        except queue.Empty:
+          return
+        self._attempt(episode, start, unroll)
+
+  def _attempt(self, episode, start, unroll):
+    """Plays an episode; gives its level up if it fails again and again."""
+    name, number = self._identify(episode)
+    attempts = 1 + FLAGS.max_environment_restarts
+    for attempt in range(1, attempts + 1):
+      if name in self._results.missing or self.coord.should_stop():
+        return
+      try:
+        info = self._run_process(episode, start, unroll)
+      except (tf.errors.OpError, py_process.ProcessError) as error:
+        if self.coord.should_stop():
+          return
+        reason = self._explain(episode, error)
+        logging.warning(
+          '%s, episode %d: %s (attempt %d of %d).',
+          name,
+          number,
+          reason,
+          attempt,
+          attempts,
+        )
+      else:
+        if info:
+          frames = int(info.episode_step) * FLAGS.num_action_repeats
+          self._results.add(
+            name,
+            evaluation.Episode(number, float(info.episode_return), frames),
+          )
+        return
+    self._results.give_up(name, f'{reason} ({attempts} attempts)')
+
+  def _run_process(self, episode, start, unroll):
+    """Plays an episode in a process that is started for it."""
+    process = self._processes[episode]
     try:
-      with tf.train.MonitoredSession(
-        tf.train.ChiefSessionCreator(
-          config=_session_config(len(processes)),
-          checkpoint_filename_with_path=checkpoint,
-        ),
-        hooks=[loops],
-        stop_grace_period_secs=5,
-      ):
-        _watch_test(loops, returns, stop_signals)
-        loops.coord.request_stop()
-        py_process.close_all(processes)
+      process.start()
+      with self._lock:
+        self._running.add(process)
+      return self._play(episode, start, unroll)
     finally:
-      py_process.close_all(processes)
-  _print_returns(returns)
+      with self._lock:
+        self._running.discard(process)
+        process.close()
+
+  def _play(self, episode, start, unroll):
+    """Returns the `StepOutputInfo` of the episode's end; None when stopped."""
+    state = start(episode)
+    while not self.coord.should_stop():
+      (done, info), state = unroll(episode, *state)
+      # The first entry was seen as the last of the unroll before.
+      if done[1:].any():
+        end = 1 + np.argmax(done[1:])
+        return type(info)(*(values[end] for values in info))
+    return None
+
+  def _explain(self, episode, error):
+    """Returns why an episode could not be played."""
+    if isinstance(error, tf.errors.OpError):
+      exit_code = self._processes[episode].exit_code()
+      # One that had not died by itself was told to end by `close`.
+      if exit_code:
+        return f'its process died with {_describe_exit(exit_code)}'
+    return _last_line(error)
 
 
-def _watch_test(loops, returns, stop_signals):
+def _last_line(error):
+  """Returns what an error says, without the way to it."""
+  text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+  lines = [line for line in text.splitlines() if re.match(r'\w', line)]
+  return lines[-1].rstrip('.') if lines else type(error).__name__
+
+
+def _watch_test(loops, results, stop_signals):
   """Shows the progress until all episodes are played, or a signal comes."""
-  total = len(returns) * FLAGS.test_num_episodes
+  total = FLAGS.test_num_episodes * len(results.returns())
+  played = results.num_played()
   with tqdm.tqdm(
-    total=total, unit=' episodes', disable=not sys.stderr.isatty()
+    total=total,
+    initial=played,
+    unit=' episodes',
+    dynamic_ncols=True,
+    disable=not sys.stderr.isatty(),
   ) as bar:
-    played = 0
-    while played < total and not stop_signals:
-      if loops.coord.wait_for_stop(timeout=0.2):
-        break
-      played = sum(map(len, returns.values()))
-      bar.update(played - bar.n)
-
-
-def _print_returns(returns):
-  for name, episodes in returns.items():
-    if not episodes:
-      print(f'{name}: no episode ended')
-      continue
-    deviation = np.std(episodes, ddof=1) if len(episodes) > 1 else np.nan
-    print(
-      f'{name}: return {np.mean(episodes):.2f} +- '
-      f'{deviation / np.sqrt(len(episodes)):.2f} (mean and standard error of '
-      f'{len(episodes)} episodes), minimum {np.min(episodes):.2f}, maximum '
-      f'{np.max(episodes):.2f}'
-    )
-  if FLAGS.level_name == 'dmlab30' and all(returns.values()):
-    for title, cap in (('no cap', None), ('capped at 100', 100)):
-      score = dmlab30.compute_human_normalized_score(returns, cap)
-      print(f'dmlab30: human-normalised score {score:.2f} ({title})')
+    while loops.is_running() and not stop_signals:
+      loops.coord.wait_for_stop(timeout=0.5)
+      bar.update(results.num_played() - bar.n)
+      results.save()
 
 
 # --- Main -------------------------------------------------------------------
