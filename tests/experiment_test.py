@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the agent, the actor's and the learner's graphs, and the flags."""
 
+import os
+
 import numpy as np
 import pytest
 from absl import flags
@@ -543,3 +545,75 @@ def test_scores_of_a_suite_in_training(suite, monkeypatch, tmp_path):
         tag = f'{suite}/training_{name}'
         assert written[-1][tag] == pytest.approx(expected)
   assert sum(f'{suite}/training_{name}' in values for values in written) == 2
+
+
+# --- Flagfiles --------------------------------------------------------------
+
+_FLAGFILES = os.path.join(os.path.dirname(experiment.__file__), 'flagfiles')
+_PAPER = {'discounting': 0.99, 'baseline_cost': 0.5, 'num_action_repeats': 4}
+_PAPER_DMLAB = {**_PAPER, 'batch_size': 32, 'unroll_length': 100}
+_PAPER_ATARI = {
+  **_PAPER,
+  'batch_size': 32,
+  'unroll_length': 20,
+  'entropy_cost': 0.01,
+  'learning_rate': 0.0006,
+  'epsilon': 0.01,
+  'max_gradient_norm': 40,
+  'reward_clipping': 'abs_one',
+  'test_num_episodes': 200,
+  'height': 84,
+  'width': 84,
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    (
+      'dmlab_single_level',
+      {**_PAPER_DMLAB, 'level_name': 'explore_goal_locations_small'},
+    ),
+    (
+      'dmlab30',
+      {
+        **_PAPER_DMLAB,
+        'level_name': 'dmlab30',
+        'reward_clipping': 'soft_asymmetric',
+        'total_environment_frames': 10**10,
+      },
+    ),
+    (
+      'atari_expert',
+      {**_PAPER_ATARI, 'total_environment_frames': 200 * 10**6},
+    ),
+    (
+      'atari57_multitask',
+      {
+        **_PAPER_ATARI,
+        'level_name': 'atari57',
+        'total_environment_frames': 57 * 200 * 10**6,
+      },
+    ),
+    ('quick_start', {'level_name': 'gym:VizdoomDefendCenter-v1'}),
+  ],
+)
+def test_flagfile_has_the_papers_settings(name, expected):
+  with flagsaver.flagsaver():
+    FLAGS(['experiment.py', f'--flagfile={os.path.join(_FLAGFILES, name)}'])
+    values = {flag: FLAGS[flag].value for flag in expected}
+    assert values == expected
+    # What comes later on the command line counts.
+    path = os.path.join(_FLAGFILES, name)
+    FLAGS(['experiment.py', f'--flagfile={path}', '--batch_size=7'])
+    assert FLAGS.batch_size == 7
+
+
+def test_every_flagfile_is_tested():
+  assert set(os.listdir(_FLAGFILES)) == {
+    'atari57_multitask',
+    'atari_expert',
+    'dmlab30',
+    'dmlab_single_level',
+    'quick_start',
+  }
