@@ -10,8 +10,10 @@ family is constructed in a process of its own (`py_process`) and has
 
 where an observation is `(frame, instruction)`: uint8 [height, width, channels]
 and a string. With `done`, `reward` belongs to the episode that ended and the
-observation is the first of the next one: environments reset themselves. In the
-program, without a process, a family offers two class methods:
+observation is the first of the next one: environments reset themselves. A test
+plays a single episode in each process: after its end nothing happens any more,
+and the last observation stays. In the program, without a process, a family
+offers two class methods:
 
   describe(level, settings) -> EnvironmentSpec
   create(level, seed, settings, spec) -> PyProcess
@@ -63,7 +65,7 @@ Settings = collections.namedtuple(
     'num_action_repeats',  # Environment frames per agent step.
     'dataset_path',  # Folder with the data of DeepMind Lab's Psychlab, or ''.
     'level_cache_dir',  # Folder for DeepMind Lab's compiled maps.
-    'is_test',  # Whether episodes are played for evaluation.
+    'is_test',  # Whether a single episode is played for evaluation.
     'full_action_set',  # Whether Atari games have all 18 actions.
   ],
   defaults=[False],
@@ -162,6 +164,7 @@ class PyProcessDmLab:
     seed,
     runfiles_path=None,
     level_cache=None,
+    is_test=False,
   ):
     """Starts DeepMind Lab.
 
@@ -172,12 +175,15 @@ class PyProcessDmLab:
       seed: int, from which the seeds of the episodes are drawn.
       runfiles_path: folder with DeepMind Lab's files, None for its own.
       level_cache: object with `fetch` and `write`, e.g. `LocalLevelCache`.
+      is_test: whether a single episode is played.
     """
     import deepmind_lab
 
     if runfiles_path:
       deepmind_lab.set_runfiles_path(runfiles_path)
     self._num_action_repeats = num_action_repeats
+    self._is_test = is_test
+    self._is_over = False
     self._random_state = np.random.RandomState(seed)
     options = {
       'config': {key: str(value) for key, value in config.items()},
@@ -199,17 +205,25 @@ class PyProcessDmLab:
     """Starts an episode and returns its first observation."""
     # A Python int: DeepMind Lab refuses NumPy's.
     self._env.reset(seed=int(self._random_state.randint(0, 2**31 - 1)))
-    return self._observation()
+    self._shown = self._observation()
+    return self._shown
 
   def step(self, action):
     """Repeats `action`, an array [7]; returns (reward, done, observation)."""
+    if self._is_over:
+      return 0.0, False, self._shown
     reward = self._env.step(
       np.asarray(action, np.intc), num_steps=self._num_action_repeats
     )
     done = not self._env.is_running()
     # There are no observations after the end of an episode.
-    observation = self.initial() if done else self._observation()
-    return reward, done, observation
+    if not done:
+      self._shown = self._observation()
+    elif self._is_test:
+      self._is_over = True
+    else:
+      self.initial()
+    return reward, done, self._shown
 
   def close(self):
     self._env.close()
@@ -265,6 +279,7 @@ class PyProcessDmLab:
       settings.num_action_repeats,
       seed,
       level_cache=LocalLevelCache(os.path.abspath(settings.level_cache_dir)),
+      is_test=settings.is_test,
     )
 
 
@@ -301,7 +316,7 @@ class GymEnvironment:
       height: of the frame, in pixels.
       width: of the frame, in pixels.
       num_channels: of the frame, as `describe` found; None in its own process.
-      is_test: whether episodes are played for evaluation.
+      is_test: whether a single episode is played, for evaluation.
       full_action_set: whether an Atari game has all 18 actions, and not only
         those that it makes use of.
 
@@ -315,6 +330,7 @@ class GymEnvironment:
     self._num_action_repeats = num_action_repeats
     self._size = (height, width)
     self._is_test = is_test
+    self._last = None  # What stays after the end of a test.
     self._full_action_set = full_action_set
     self._seed = seed
     with warnings.catch_warnings():
@@ -333,6 +349,8 @@ class GymEnvironment:
 
   def step(self, action):
     """Repeats `action`, an int; returns (reward, done, observation)."""
+    if self._last is not None:
+      return 0.0, False, self._last
     total_reward = 0.0
     for _ in range(self._num_action_repeats):
       observation, reward, terminated, truncated, info = self._env.step(
@@ -340,7 +358,10 @@ class GymEnvironment:
       )
       total_reward += float(reward)
       if terminated or truncated:
-        return total_reward, True, self.initial()
+        if not self._is_test:
+          return total_reward, True, self.initial()
+        self._last = self._observation(observation)
+        return total_reward, True, self._last
     return total_reward, self._ends(info), self._observation(observation)
 
   def close(self):
