@@ -17,6 +17,7 @@ offers two class methods:
 
   describe(level, settings) -> EnvironmentSpec
   create(level, seed, settings, spec) -> PyProcess
+  picture(frame) -> the frame for people, uint8 [height, width, 1 or 3]
 
 Ends by a time limit count as ends of the episode, as in DeepMind's release: the
 value after them is taken as 0. To bootstrap there, the learner would need the
@@ -242,6 +243,11 @@ class PyProcessDmLab:
     return _specs(method_name, frame_shape)
 
   @staticmethod
+  def picture(frame):
+    """See the module."""
+    return frame
+
+  @staticmethod
   def describe(level, settings):
     """See the module; raises ValueError if the level can't be played."""
     if importlib.util.find_spec('deepmind_lab') is None:
@@ -457,6 +463,11 @@ class GymEnvironment:
     ]
     return _specs(method_name, frame_shape)
 
+  @staticmethod
+  def picture(frame):
+    """See the module."""
+    return frame[..., :3]  # A fourth channel would be the opacity.
+
   @classmethod
   def describe(cls, level, settings):
     """See the module; raises ValueError if the level can't be played."""
@@ -565,6 +576,11 @@ class AtariEnvironment(GymEnvironment):
   def initial(self):
     self._lives = 0
     return super().initial()
+
+  @staticmethod
+  def picture(frame):
+    """See the module."""
+    return frame[..., -1:]  # The newest.
 
   def _ends(self, info):
     lost = info['lives'] < self._lives

@@ -64,6 +64,7 @@ with _quiet_start():
   import environments
   import evaluation
   import py_process
+  import video
   import vtrace
 
 # Sonnet asks once whether TensorFlow 2 is on, and would take a graph for a no.
@@ -103,6 +104,11 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_enum(
   'job_name', 'learner', ['learner', 'actor'], 'Job of this task.'
+)
+flags.DEFINE_string(
+  'video_dir',
+  '',
+  'Folder for a video of the first test episode of each level; none without.',
 )
 
 # The size of the training.
@@ -242,6 +248,9 @@ SUITES = {
     },
   ),
 }
+
+# Atari's and DeepMind Lab's own pace: 60 frames per second, 4 to a step.
+_VIDEO_FRAMES_PER_SECOND = 15
 
 # Whose versions decide the course of an episode, where they are installed.
 _ENVIRONMENT_PACKAGES = (
@@ -1442,6 +1451,8 @@ def test():
     )
     _check_checkpoint(checkpoint, FLAGS.checkpoint or FLAGS.logdir)
     results = _open_results(game, checkpoint)
+    if FLAGS.video_dir:
+      _make_folder('video_dir', FLAGS.video_dir)
     loops = TestLoops(actor, index, processes, game, results)
     if loops.num_workers:
       with tf.train.MonitoredSession(
@@ -1502,7 +1513,7 @@ def _open_results(game, checkpoint):
   folder = os.path.join(FLAGS.logdir, 'test')
   _make_folder('logdir', folder)
   frames = int(tf.train.load_variable(checkpoint, 'global_step'))
-  level = re.sub(r'[^\w.-]+', '_', FLAGS.level_name)
+  level = _file_name(FLAGS.level_name)
   # The index holds the checksums of all variables.
   with open(checkpoint + '.index', 'rb') as file:
     fingerprint = hashlib.sha256(file.read()).hexdigest()
@@ -1530,6 +1541,10 @@ def _open_results(game, checkpoint):
   for name, reason in game.missing.items():
     results.give_up(name, str(reason))
   return results
+
+
+def _file_name(level):
+  return re.sub(r'[^\w.-]+', '_', level)
 
 
 def _reference_scores(names):
@@ -1561,6 +1576,12 @@ def _versions():
   return versions
 
 
+# What a test sees of an unroll: outputs of [T + 1, ...] as in `ActorOutput`.
+TestUnroll = collections.namedtuple(
+  'TestUnroll', 'done info frame action baseline'
+)
+
+
 class TestLoops(tf.train.SessionRunHook):
   """Plays the episodes of a test that the results don't have yet.
 
@@ -1582,12 +1603,16 @@ class TestLoops(tf.train.SessionRunHook):
     self._actor = actor
     self._index = index
     self._processes = processes
+    self._game = game
     self._names = game.names
     self._results = results
     self._episodes = queue.SimpleQueue()
     for episode in range(len(processes)):
       name, number = self._identify(episode)
-      if not results.has(name, number) and name not in results.missing:
+      is_seen = results.has(name, number) and (
+        number > 0 or not FLAGS.video_dir or os.path.exists(self._video(name))
+      )
+      if not is_seen and name not in results.missing:
         self._episodes.put(episode)
     self.num_workers = min(FLAGS.num_actors, self._episodes.qsize())
     # The running processes, which their thread closes or, to wake it, `stop`.
@@ -1598,21 +1623,32 @@ class TestLoops(tf.train.SessionRunHook):
 
   def after_create_session(self, session, coord):
     self.coord = coord
-    outputs = self._actor.output.env_outputs
-    start = session.make_callable(
+    env_outputs = self._actor.output.env_outputs
+    agent_outputs = self._actor.output.agent_outputs
+    self._start = session.make_callable(
       tf.nest.flatten(self._actor.initial_state), [self._index]
     )
-    unroll = session.make_callable(
-      [
-        (outputs.done, outputs.info),
-        tf.nest.flatten(self._actor.next_state),
-      ],
-      [self._index, *tf.nest.flatten(self._actor.state)],
+
+    def make_unroll(fetches):
+      return session.make_callable(
+        [fetches, tf.nest.flatten(self._actor.next_state)],
+        [self._index, *tf.nest.flatten(self._actor.state)],
+      )
+
+    self._unroll = make_unroll(
+      TestUnroll(env_outputs.done, env_outputs.info, [], [], [])
+    )
+    self._unroll_for_video = make_unroll(
+      TestUnroll(
+        env_outputs.done,
+        env_outputs.info,
+        env_outputs.observation[0],
+        agent_outputs.action,
+        agent_outputs.baseline,
+      )
     )
     for _ in range(self.num_workers):
-      thread = threading.Thread(
-        target=self._run, args=(start, unroll), daemon=True
-      )
+      thread = threading.Thread(target=self._run, daemon=True)
       coord.register_thread(thread)
       self._threads.append(thread)
       thread.start()
@@ -1633,16 +1669,16 @@ class TestLoops(tf.train.SessionRunHook):
     number, level = divmod(episode, len(self._names))
     return self._names[level], number
 
-  def _run(self, start, unroll):
+  def _run(self):
     with self.coord.stop_on_exception():
       while not self.coord.should_stop():
         try:
           episode = self._episodes.get_nowait()
         except queue.Empty:
           return
-        self._attempt(episode, start, unroll)
+        self._attempt(episode)
 
-  def _attempt(self, episode, start, unroll):
+  def _attempt(self, episode):
     """Plays an episode; gives its level up if it fails again and again."""
     name, number = self._identify(episode)
     attempts = 1 + FLAGS.max_environment_restarts
@@ -1650,7 +1686,7 @@ class TestLoops(tf.train.SessionRunHook):
       if name in self._results.missing or self.coord.should_stop():
         return
       try:
-        info = self._run_process(episode, start, unroll)
+        info = self._run_process(episode)
       except (tf.errors.OpError, py_process.ProcessError) as error:
         if self.coord.should_stop():
           return
@@ -1664,38 +1700,70 @@ class TestLoops(tf.train.SessionRunHook):
           attempts,
         )
       else:
-        if info:
-          frames = int(info.episode_step) * FLAGS.num_action_repeats
-          self._results.add(
-            name,
-            evaluation.Episode(number, float(info.episode_return), frames),
-          )
+        frames = int(info.episode_step) * FLAGS.num_action_repeats
+        self._results.add(
+          name, evaluation.Episode(number, float(info.episode_return), frames)
+        )
         return
     self._results.give_up(name, f'{reason} ({attempts} attempts)')
 
-  def _run_process(self, episode, start, unroll):
+  def _run_process(self, episode):
     """Plays an episode in a process that is started for it."""
     process = self._processes[episode]
     try:
       process.start()
       with self._lock:
         self._running.add(process)
-      return self._play(episode, start, unroll)
+      return self._play(episode)
     finally:
       with self._lock:
         self._running.discard(process)
         process.close()
 
-  def _play(self, episode, start, unroll):
-    """Returns the `StepOutputInfo` of the episode's end; None when stopped."""
-    state = start(episode)
+  def _play(self, episode):
+    """Returns the `StepOutputInfo` of the episode's end."""
+    name, number = self._identify(episode)
+    if not FLAGS.video_dir or number > 0:
+      return self._play_to_the_end(episode, self._unroll, lambda unroll: None)
+    with video.record(self._video(name), _VIDEO_FRAMES_PER_SECOND) as add:
+      return self._play_to_the_end(
+        episode,
+        self._unroll_for_video,
+        functools.partial(self._add_to_video, add),
+      )
+
+  def _play_to_the_end(self, episode, run, see):
+    """Runs unrolls, shows each to `see`, and returns the last info."""
+    state = self._start(episode)
     while not self.coord.should_stop():
-      (done, info), state = unroll(episode, *state)
-      # The first entry was seen as the last of the unroll before.
-      if done[1:].any():
-        end = 1 + np.argmax(done[1:])
-        return type(info)(*(values[end] for values in info))
-    return None
+      unroll, state = run(episode, *state)
+      see(unroll)
+      end = _end(unroll)
+      if end is not None:
+        return type(unroll.info)(*(values[end] for values in unroll.info))
+    raise tf.errors.CancelledError(None, None, 'The test was stopped.')
+
+  def _add_to_video(self, add, unroll):
+    end = _end(unroll)
+    # The action that answers a frame comes with the next one.
+    for t in range(len(unroll.done) - 1 if end is None else end):
+      lines = [
+        f'return {unroll.info.episode_return[t]:.2f}',
+        f'action {unroll.action[t + 1]}   value {unroll.baseline[t + 1]:.3f}',
+      ]
+      add(self._game.family.picture(unroll.frame[t]), lines)
+    if end is not None:
+      # The last frame stays for a second, with what its action brought.
+      lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
+      for _ in range(_VIDEO_FRAMES_PER_SECOND):
+        add(self._game.family.picture(unroll.frame[end - 1]), lines)
+
+  def _video(self, name):
+    """Returns the path of a level's video."""
+    settings = os.path.basename(self._results.path).removeprefix(
+      _file_name(FLAGS.level_name)
+    )
+    return os.path.join(FLAGS.video_dir, _file_name(name) + settings + '.mp4')
 
   def _explain(self, episode, error):
     """Returns why an episode could not be played."""
@@ -1705,6 +1773,13 @@ class TestLoops(tf.train.SessionRunHook):
       if exit_code:
         return f'its process died with {_describe_exit(exit_code)}'
     return _last_line(error)
+
+
+def _end(unroll):
+  """Returns the index at which a `TestUnroll` ends its episode, or None."""
+  # The first entry was seen as the last of the unroll before.
+  ends = np.flatnonzero(unroll.done[1:])
+  return 1 + ends[0] if ends.size else None
 
 
 def _last_line(error):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import pytest
 from absl import flags
@@ -234,3 +235,40 @@ def test_chosen_checkpoint_is_tested_and_results_are_told_apart(tmp_path):
   assert content['settings']['frames'] == 40
   with pytest.raises(experiment.UserError, match='num_action_repeats is 1'):
     play(tmp_path, checkpoint=first, test_num_episodes=1, num_action_repeats=2)
+
+
+def test_video_shows_the_first_episode_of_a_level(tmp_path):
+  """Its frames are those that the environment shows for the episode's seed."""
+  save_agent(tmp_path)
+  level = 'gym:toy_gym:Grey-v0'
+  videos = tmp_path / 'videos'
+  content = play(
+    tmp_path,
+    level_name=level,
+    test_num_episodes=2,
+    video_dir=str(videos),
+    unroll_length=4,
+  )
+  (path,) = videos.iterdir()
+  assert path.name == 'gym_toy_gym_Grey-v0-frames40-seed1.mp4'
+  with av.open(str(path)) as container:
+    assert container.streams.video[0].codec_context.name == 'h264'
+    frames = [f.to_ndarray(format='rgb24') for f in container.decode(video=0)]
+  # Ten steps, and the last frame for another second.
+  assert len(frames) == 10 + 15
+  # 4x6 pixels, each 56 times as large, above the text.
+  assert frames[0].shape[1] == 336
+  for step, frame in enumerate(frames[:10]):
+    # The first pixel is the number of the step, the second row rises by 10.
+    assert np.mean(frame[10:46, 10:46]) == pytest.approx(step, abs=6)
+    assert np.mean(frame[66:102, 290:326]) == pytest.approx(50, abs=6)
+  assert all(frame[224:].max() > 200 for frame in frames)  # The text.
+  assert np.abs(frames[0][224:].astype(int) - frames[9][224:]).max() > 100
+
+  # What was played is not played again, but for a video that is missing.
+  path.unlink()
+  again = play(
+    tmp_path, level_name=level, test_num_episodes=2, video_dir=str(videos)
+  )
+  assert path.exists()
+  assert again['episodes'] == content['episodes']
