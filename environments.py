@@ -78,6 +78,21 @@ def _size(settings, height, width):
   return (settings.height or height, settings.width or width)
 
 
+def resize(frame, height, width):
+  """Returns a frame, uint8 [h, w] or [h, w, c], as [height, width, c]."""
+  import cv2
+
+  if frame.shape[:2] != (height, width):
+    shrinks = frame.shape[0] > height
+    frame = cv2.resize(
+      frame,
+      (width, height),
+      interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST,
+    )
+  # OpenCV drops a single channel.
+  return frame.reshape(height, width, -1)
+
+
 def _specs(method_name, frame_shape):
   """Returns what a method of a family returns, for its `_tensor_specs`."""
   observation = (
@@ -392,24 +407,12 @@ class GymEnvironment:
 
   def _observation(self, observation):
     """Returns the frame and the instruction of an observation."""
-    import cv2
-
     if self._image_key is None:
       frame, texts = observation, []
     else:
       frame = observation[self._image_key]
       texts = [t for t in observation.values() if isinstance(t, str)]
-    frame = np.asarray(frame)
-    height, width = self._size
-    if frame.shape[:2] != self._size:
-      shrinks = frame.shape[0] > height
-      frame = cv2.resize(
-        frame,
-        (width, height),
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST,
-      )
-    # OpenCV drops a single channel.
-    return frame.reshape(height, width, -1), ' '.join(texts)
+    return resize(np.asarray(frame), *self._size), ' '.join(texts)
 
   def _image_space(self):
     space = self._env.observation_space
@@ -568,9 +571,30 @@ class AtariEnvironment(GymEnvironment):
       env, frame_skip=num_action_repeats, screen_size=(width, height)
     )
     env = wrappers.FrameStackObservation(env, stack_size=4)
+    if self._full_action_set:
+      env = self._with_all_actions(env)
     space = gymnasium.spaces.Box(0, 255, (height, width, 4), np.uint8)
     return wrappers.TransformObservation(
       env, lambda frames: np.moveaxis(frames, 0, -1), space
+    )
+
+  def _with_all_actions(self, env):
+    """Gives a game the 18 actions of the console.
+
+    One game, Skiing, doesn't have those that fire: there, firing does nothing.
+    """
+    import ale_py
+    import gymnasium
+    from gymnasium import wrappers
+
+    legal = env.unwrapped.ale.getLegalActionSet()
+    indices = {action.name: i for i, action in enumerate(legal)}
+    table = []
+    for action in ale_py.Action.__members__:
+      without_fire = action.removesuffix('FIRE') or 'NOOP'
+      table.append(indices.get(action, indices[without_fire]))
+    return wrappers.TransformAction(
+      env, table.__getitem__, gymnasium.spaces.Discrete(len(table))
     )
 
   def initial(self):

@@ -18,11 +18,13 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import queue
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,27 +36,9 @@ import six
 import tqdm
 from absl import app, flags, logging
 
+import quiet
 
-@contextlib.contextmanager
-def _quiet_start():
-  """Drops what TensorFlow tells while it starts, unless run with -v=1."""
-  # Flags are parsed later than this is needed.
-  if any(re.fullmatch(r'--?(v|verbosity)=[1-9]', arg) for arg in sys.argv):
-    yield
-    return
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  # Before its logging is set up, TensorFlow knows no level.
-  stderr = os.dup(2)
-  with open(os.devnull, 'w') as devnull:
-    os.dup2(devnull.fileno(), 2)
-  try:
-    yield
-  finally:
-    os.dup2(stderr, 2)
-    os.close(stderr)
-
-
-with _quiet_start():
+with quiet.start():
   import sonnet as snt
   import tensorflow.compat.v1 as tf
 
@@ -104,6 +88,13 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_enum(
   'job_name', 'learner', ['learner', 'actor'], 'Job of this task.'
+)
+flags.DEFINE_integer(
+  'test_interval_frames',
+  0,
+  'Environment frames between two tests in the background of a training, in a '
+  'process of their own; 0 is off.',
+  lower_bound=0,
 )
 flags.DEFINE_string(
   'video_dir',
@@ -259,6 +250,9 @@ _ENVIRONMENT_PACKAGES = (
   'opencv-python-headless',
   'vizdoom',
 )
+
+# What the agent is made for, beside its checkpoints.
+_DESCRIPTION = 'agent.json'
 
 _NOT_FINITE = 'The loss or its gradient is not finite'
 _REPORT_SECONDS = 30  # Between two reports of the metrics.
@@ -1082,7 +1076,31 @@ class Metrics:
       self._returns.clear()
     self._write(values)
 
-  def _write(self, values):
+  def add_test(self, path):
+    """Writes what a test found.
+
+    Args:
+      path: of the JSON file of its `evaluation.Results`.
+
+    Returns:
+      The same for people, a line.
+    """
+    with open(path) as file:
+      content = json.load(file)
+    values = {
+      f'test/{FLAGS.level_name}/{name}': score
+      for name, score in content['scores'].items()
+    }
+    for row in content['levels']:
+      for name in ('mean', 'human_normalized'):
+        if row[name] is not None:
+          values[f'test/{row["level"]}/{name}_return'] = row[name]
+    frames = content['settings']['frames']
+    self._write(values, frames)
+    means = ', '.join(f'{tag} {value:.2f}' for tag, value in values.items())
+    return f'test after {frames:,} frames: {means}'
+
+  def _write(self, values, step=None):
     self._writer.add_summary(
       tf.Summary(
         value=[
@@ -1090,7 +1108,7 @@ class Metrics:
           for tag, value in values.items()
         ]
       ),
-      self.global_step,
+      self.global_step if step is None else step,
     )
 
   def _lines(self, values, played, learner):
@@ -1312,6 +1330,18 @@ def _make_folder(flag, path):
     ) from None
 
 
+def _save_description(game):
+  """Saves beside the checkpoints what others need to know of the agent."""
+  description = {
+    'torso': FLAGS.torso,
+    'frame_shape': list(game.spec.frame_shape),
+    'action_set': np.asarray(game.spec.action_set).tolist(),
+    'flags': _flag_values(),
+  }
+  with open(os.path.join(FLAGS.logdir, _DESCRIPTION), 'w') as file:
+    json.dump(description, file, indent=1)
+
+
 def train():
   """Trains on this machine until the last frame, an error, or a signal."""
   game = _choose_game()
@@ -1322,12 +1352,14 @@ def train():
     enqueue, update, queue = build_training(agent, actor)
     _check_checkpoint(tf.train.latest_checkpoint(FLAGS.logdir), FLAGS.logdir)
     _make_logdir()
+    _save_description(game)
     loops = ActorLoops(
       actor, index, processes, enqueue, lambda actor, values: True
     )
     metrics = Metrics(
       FLAGS.logdir, game.names, loops, actor.inference_statistics
     )
+    tests = BackgroundTests(metrics)
     close_queue = queue.queue.close(cancel_pending_enqueues=True)
     try:
       with tf.train.MonitoredTrainingSession(
@@ -1338,11 +1370,11 @@ def train():
         log_step_count_steps=None,
         stop_grace_period_secs=5,
         config=_session_config(FLAGS.num_actors),
-        hooks=[loops],
+        hooks=[loops, tests],
       ) as session:
         learner = LearnerLoop(session, update, metrics, loops.coord)
         learner.start()
-        _watch(loops, metrics, stop_signals)
+        _watch(loops, metrics, stop_signals, tests)
         # Wakes whoever waits for the queue; an update under way is finished.
         loops.coord.request_stop()
         loops.session.run(close_queue)
@@ -1353,6 +1385,7 @@ def train():
         if learner.error:
           raise learner.error
     finally:
+      tests.close()
       py_process.close_all(processes)
 
 
@@ -1386,7 +1419,7 @@ class LearnerLoop(threading.Thread):
       self._coord.request_stop()
 
 
-def _watch(loops, metrics, stop_signals):
+def _watch(loops, metrics, stop_signals, tests):
   """Shows the progress until the training stops, or a signal comes."""
   metrics.global_step = int(loops.session.run(tf.train.get_global_step()))
   console = Console(metrics.global_step)
@@ -1400,6 +1433,7 @@ def _watch(loops, metrics, stop_signals):
       )
       break
     console.progress(metrics.global_step, metrics.latest_return())
+    tests.poll(console)
     if time.monotonic() >= next_report:
       next_report += _REPORT_SECONDS
       console.report(metrics.global_step, metrics.report(loops.session))
@@ -1510,17 +1544,15 @@ def _test_seeds(game, index):
 
 def _open_results(game, checkpoint):
   """Returns the `evaluation.Results` of what the flags ask for."""
-  folder = os.path.join(FLAGS.logdir, 'test')
-  _make_folder('logdir', folder)
   frames = int(tf.train.load_variable(checkpoint, 'global_step'))
-  level = _file_name(FLAGS.level_name)
+  _make_folder('logdir', os.path.dirname(_results_path(frames)))
   # The index holds the checksums of all variables.
   with open(checkpoint + '.index', 'rb') as file:
     fingerprint = hashlib.sha256(file.read()).hexdigest()
   suite = SUITES.get(FLAGS.level_name)
   try:
     results = evaluation.Results(
-      path=os.path.join(folder, f'{level}-frames{frames}-seed{FLAGS.seed}'),
+      path=_results_path(frames),
       settings={
         'level_name': FLAGS.level_name,
         'checkpoint': os.path.basename(checkpoint),
@@ -1541,6 +1573,12 @@ def _open_results(game, checkpoint):
   for name, reason in game.missing.items():
     results.give_up(name, str(reason))
   return results
+
+
+def _results_path(frames):
+  """Returns the path, without extension, of the results of a checkpoint."""
+  name = f'{_file_name(FLAGS.level_name)}-frames{frames}-seed{FLAGS.seed}'
+  return os.path.join(FLAGS.logdir, 'test', name)
 
 
 def _file_name(level):
@@ -1804,6 +1842,201 @@ def _watch_test(loops, results, stop_signals):
       loops.coord.wait_for_stop(timeout=0.5)
       bar.update(results.num_played() - bar.n)
       results.save()
+
+
+# --- Test in the background of a training -----------------------------------
+
+# Ends with the process whose id is its first argument, and becomes another
+# program.
+_CHILD = (
+  'import os, sys, py_process; py_process.die_with(int(sys.argv[1])); '
+  'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
+)
+
+
+class BackgroundTests(tf.train.SessionRunHook):
+  """Tests checkpoints in another process while the training goes on.
+
+  The learner's thread saves a checkpoint; `poll`, of the main thread, has it
+  tested. One at a time: while a test is under way, none is begun.
+  """
+
+  def __init__(self, metrics):
+    self._metrics = metrics
+    self._next_frames = None
+    self._checkpoint = None  # The one to test, or in test.
+    self._process = None
+
+  def after_create_session(self, session, coord):
+    self._schedule(session.run(tf.train.get_global_step()))
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(tf.train.get_global_step())
+
+  def after_run(self, run_context, run_values):
+    if (
+      not FLAGS.test_interval_frames
+      or run_values.results < self._next_frames
+      or self._checkpoint
+    ):
+      return
+    (saver,) = tf.get_collection(tf.GraphKeys.SAVERS)
+    session = run_context.session
+    frames = session.run(tf.train.get_global_step())
+    self._schedule(frames)
+    self._checkpoint = saver.save(
+      session, os.path.join(FLAGS.logdir, 'model.ckpt'), frames
+    )
+
+  def poll(self, console):
+    """Starts the test of a checkpoint, or tells of one that ended."""
+    if self._checkpoint is None:
+      return
+    if self._process is None:
+      self._start()
+    elif self._process.poll() is not None:
+      try:
+        frames = int(self._checkpoint.rpartition('-')[2])
+        line = self._metrics.add_test(_results_path(frames) + '.json')
+      except (OSError, ValueError):
+        line = f'The test of {self._checkpoint} failed, see {self._log()}.'
+      console.say(line)
+      self._process = self._checkpoint = None
+
+  def close(self):
+    """Ends a test under way."""
+    if self._process is not None:
+      self._process.terminate()
+      try:
+        self._process.wait(timeout=10)
+      except subprocess.TimeoutExpired:
+        self._process.kill()
+        self._process.wait()
+
+  def _schedule(self, frames):
+    interval = max(1, FLAGS.test_interval_frames)
+    self._next_frames = (frames // interval + 1) * interval
+
+  def _start(self):
+    own = FLAGS.get_flags_for_module(sys.modules[__name__])
+    arguments = [
+      flag.serialize()
+      for flag in own
+      if flag.present and flag.name not in ('job_name', 'task')
+    ]
+    os.makedirs(os.path.dirname(self._log()), exist_ok=True)
+    with open(self._log(), 'a') as log:
+      self._process = subprocess.Popen(
+        [
+          sys.executable,
+          '-c',
+          _CHILD,
+          str(os.getpid()),
+          os.path.abspath(__file__),
+          *arguments,
+          '--mode=test',
+          f'--checkpoint={self._checkpoint}',
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # A Ctrl-C is for the training.
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+      )
+
+  def _log(self):
+    return os.path.join(FLAGS.logdir, 'test', 'background.log')
+
+
+# --- A trained agent for other programs -------------------------------------
+
+
+class Player:
+  """A trained agent that plays an environment of yours, step by step.
+
+    player = experiment.Player('/tmp/agent')
+    action, _, _ = player.step(frame, reward, done)
+
+  `action_set` has what its actions mean to the environments of the training.
+  """
+
+  def __init__(self, path, seed=None):
+    """Loads an agent.
+
+    Args:
+      path: log directory of a training, for its last checkpoint; or a
+        checkpoint in it, e.g. /tmp/agent/model.ckpt-1000.
+      seed: int, of the actions; None lets them differ each time.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else os.path.dirname(path)
+    checkpoint = tf.train.latest_checkpoint(path) if is_folder else path
+    try:
+      with open(os.path.join(folder, _DESCRIPTION)) as file:
+        description = json.load(file)
+      tf.train.load_variable(checkpoint or folder, 'global_step')
+    except (OSError, ValueError, tf.errors.OpError) as error:
+      raise UserError(f'{path} holds no trained agent: {error}') from None
+    self.frame_shape = tuple(description['frame_shape'])
+    self.action_set = description['action_set']
+    with tf.Graph().as_default():
+      tf.set_random_seed(seed)
+      agent = Agent(len(self.action_set), description['torso'])
+      self._build(agent)
+      self._session = tf.Session()
+      tf.train.Saver().restore(self._session, checkpoint)
+      self._run = self._session.make_callable(
+        (self._output, self._next_state), self._inputs
+      )
+      self._state = self._session.run(agent.initial_state(1))
+    self._action = 0
+
+  def step(self, frame, reward=0.0, done=False, instruction=''):
+    """Chooses an action.
+
+    Args:
+      frame: uint8 [height, width, channels] of any size; resized for the agent.
+      reward: float, for the last action.
+      done: bool, whether the last action ended an episode, so that this is the
+        first frame of another one.
+      instruction: string, what the agent is told to do.
+
+    Returns:
+      `AgentOutput`: int, which of the actions; float32 [num_actions]; float.
+
+    Raises:
+      ValueError: the frame has another number of channels than the agent's.
+    """
+    height, width, channels = self.frame_shape
+    frame = environments.resize(np.asarray(frame), height, width)
+    if frame.shape[2] != channels:
+      raise ValueError(
+        f'Frames must have {channels} channels, but this one has '
+        f'{frame.shape[2]}.'
+      )
+    output, self._state = self._run(
+      [self._action], [reward], [done], [frame], [instruction], *self._state
+    )
+    self._action = int(output.action[0])
+    return AgentOutput(
+      self._action, output.policy_logits[0], float(output.baseline[0])
+    )
+
+  def _build(self, agent):
+    state = tf.nest.map_structure(
+      lambda t: tf.placeholder(t.dtype, t.shape), agent.initial_state(1)
+    )
+    action = tf.placeholder(tf.int32, [1])
+    reward = tf.placeholder(tf.float32, [1])
+    done = tf.placeholder(tf.bool, [1])
+    frame = tf.placeholder(tf.uint8, [1, *self.frame_shape])
+    instruction = tf.placeholder(tf.string, [1])
+    env_output = environments.StepOutput(reward, (), done, (frame, instruction))
+    self._output, self._next_state = agent((action, env_output), state)
+    self._inputs = [action, reward, done, frame, instruction, *state]
 
 
 # --- Main -------------------------------------------------------------------

@@ -48,7 +48,8 @@ class Toy(gym.Env):
 
   def _observation(self, action):
     frame = np.zeros((HEIGHT, WIDTH), np.uint8)
-    frame[0, :4] = self._num_steps, self._episode, self._random, action % 256
+    episode = self._episode % 256
+    frame[0, :4] = self._num_steps, episode, self._random, action % 256
     frame[1:] = np.arange(18).reshape(3, 6) * 10
     return self._arrange(frame)
 

@@ -1,7 +1,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the program: real trainings in processes of their own."""
 
+import contextlib
 import glob
+import json
 import os
 import re
 import shutil
@@ -357,3 +359,43 @@ def test_agent_learns_to_answer_what_it_sees(tmp_path):
   # Ten answers, +1 or -1 each: chance is -10/3.
   assert returns[:50].mean() < 2
   assert returns[-100:].mean() > 8
+
+
+def read_tests(logdir):
+  """Returns (frames, mean return) of the tests in the background."""
+  tag = 'test/gym:toy_gym:Grey-v0/mean_return'
+  return plot.read_scalars(logdir).get(tag, [])
+
+
+def test_training_tests_in_the_background_and_takes_the_test_along(tmp_path):
+  logdir = str(tmp_path / 'log')
+  program = training(
+    logdir, '--test_interval_frames=100', '--test_num_episodes=3'
+  )
+  try:
+    line = program.wait_for('test after')
+    frames = int(re.search(r'after ([\d,]+)', line).group(1).replace(',', ''))
+    assert frames >= 100
+    with open(
+      f'{logdir}/test/gym_toy_gym_Grey-v0-frames{frames}-seed1.json'
+    ) as file:
+      (row,) = json.load(file)['levels']
+    assert row['episodes'] == 3
+    # Training goes on, and so does the next test; both die with the program.
+    wait_until(lambda: len(read_tests(logdir)) > 0)
+    (step, mean, _), *_ = read_tests(logdir)
+    assert (step, mean) == (frames, pytest.approx(row['mean']))
+    wait_until(lambda: any(map(is_test, descendants(program.process.pid))))
+    below = descendants(program.process.pid)
+  finally:
+    program.process.kill()
+    program.finish()
+  wait_until(lambda: not any(map(alive, below)))
+  assert checkpoint_step(logdir) > frames
+
+
+def is_test(pid):
+  with contextlib.suppress(OSError):
+    with open(f'/proc/{pid}/cmdline') as file:
+      return '--mode=test' in file.read().split('\0')
+  return False
