@@ -1518,13 +1518,17 @@ def _find_checkpoint():
       f'{FLAGS.logdir} holds no checkpoint to test: give the --logdir of a '
       'training.'
     )
+  if not os.path.exists(checkpoint + '.index'):
+    raise UserError(
+      f'The checkpoint {checkpoint} does not exist: give its path without an '
+      'extension, e.g. --checkpoint=/tmp/agent/model.ckpt-1000.'
+    )
   try:
     tf.train.load_variable(checkpoint, 'global_step')
   except (tf.errors.OpError, ValueError) as error:
     raise UserError(
-      f'The checkpoint {checkpoint} does not exist or can not be read '
-      f'({str(error).splitlines()[0].rstrip(".")}): give its path without an '
-      'extension, e.g. --checkpoint=/tmp/agent/model.ckpt-1000.'
+      f'The checkpoint {checkpoint} can not be read: '
+      f'{str(error).splitlines()[0]}'
     ) from None
   return checkpoint
 
@@ -1863,9 +1867,15 @@ class BackgroundTests(tf.train.SessionRunHook):
 
   def __init__(self, metrics):
     self._metrics = metrics
+    self._folder = os.path.join(FLAGS.logdir, 'test')
+    self._log = os.path.join(self._folder, 'background.log')
     self._next_frames = None
     self._checkpoint = None  # The one to test, or in test.
     self._process = None
+
+  def begin(self):
+    # Its own: the training's may delete a checkpoint before it's read.
+    self._saver = tf.train.Saver(max_to_keep=1)
 
   def after_create_session(self, session, coord):
     self._schedule(session.run(tf.train.get_global_step()))
@@ -1880,12 +1890,15 @@ class BackgroundTests(tf.train.SessionRunHook):
       or self._checkpoint
     ):
       return
-    (saver,) = tf.get_collection(tf.GraphKeys.SAVERS)
     session = run_context.session
     frames = session.run(tf.train.get_global_step())
     self._schedule(frames)
-    self._checkpoint = saver.save(
-      session, os.path.join(FLAGS.logdir, 'model.ckpt'), frames
+    os.makedirs(self._folder, exist_ok=True)
+    self._checkpoint = self._saver.save(
+      session,
+      os.path.join(self._folder, 'model.ckpt'),
+      frames,
+      write_meta_graph=False,
     )
 
   def poll(self, console):
@@ -1899,7 +1912,7 @@ class BackgroundTests(tf.train.SessionRunHook):
         frames = int(self._checkpoint.rpartition('-')[2])
         line = self._metrics.add_test(_results_path(frames) + '.json')
       except (OSError, ValueError):
-        line = f'The test of {self._checkpoint} failed, see {self._log()}.'
+        line = f'The test of {self._checkpoint} failed, see {self._log}.'
       console.say(line)
       self._process = self._checkpoint = None
 
@@ -1924,8 +1937,7 @@ class BackgroundTests(tf.train.SessionRunHook):
       for flag in own
       if flag.present and flag.name not in ('job_name', 'task')
     ]
-    os.makedirs(os.path.dirname(self._log()), exist_ok=True)
-    with open(self._log(), 'a') as log:
+    with open(self._log, 'a') as log:
       self._process = subprocess.Popen(
         [
           sys.executable,
@@ -1943,9 +1955,6 @@ class BackgroundTests(tf.train.SessionRunHook):
         start_new_session=True,  # A Ctrl-C is for the training.
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
       )
-
-  def _log(self):
-    return os.path.join(FLAGS.logdir, 'test', 'background.log')
 
 
 # --- A trained agent for other programs -------------------------------------
