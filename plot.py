@@ -81,14 +81,16 @@ def read_scalars(logdir):
 
 
 def _read_events(path):
-  """Yields the events of a file."""
+  """Yields the events of a file that have metrics."""
   with quiet.start():
     import tensorflow.compat.v1 as tf
   # It advises another reader, which TensorFlow 1 doesn't have.
   tf.logging.set_verbosity(tf.logging.ERROR)
   # The last one may be half written.
   with contextlib.suppress(tf.errors.DataLossError):
-    yield from tf.train.summary_iterator(path)
+    for event in tf.train.summary_iterator(path):
+      if event.summary.value:
+        yield event
 
 
 def read_episodes(logdir):
