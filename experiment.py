@@ -1087,18 +1087,23 @@ class Metrics:
     """
     with open(path) as file:
       content = json.load(file)
-    values = {
-      f'test/{FLAGS.level_name}/{name}': score
-      for name, score in content['scores'].items()
+    suite = FLAGS.level_name
+    scores = {f'{suite}/{name}': s for name, s in content['scores'].items()}
+    levels = {
+      f'{row["level"]}/{tag}': row[name]
+      for row in content['levels']
+      for name, tag in (
+        ('mean', 'mean_return'),
+        ('human_normalized', 'human_normalized'),
+      )
+      if row[name] is not None
     }
-    for row in content['levels']:
-      for name in ('mean', 'human_normalized'):
-        if row[name] is not None:
-          values[f'test/{row["level"]}/{name}_return'] = row[name]
+    values = {f'test/{n}': value for n, value in {**scores, **levels}.items()}
     frames = content['settings']['frames']
     self._write(values, frames)
-    means = ', '.join(f'{tag} {value:.2f}' for tag, value in values.items())
-    return f'test after {frames:,} frames: {means}'
+    # A suite has too many levels for a line.
+    lines = [f'{n} {value:.2f}' for n, value in (scores or levels).items()]
+    return f'test after {frames:,} frames: {", ".join(lines)}'
 
   def _write(self, values, step=None):
     self._writer.add_summary(
@@ -1835,6 +1840,7 @@ def _watch_test(loops, results, stop_signals):
   """Shows the progress until all episodes are played, or a signal comes."""
   total = FLAGS.test_num_episodes * len(results.returns())
   played = results.num_played()
+  next_report = time.monotonic() + _REPORT_SECONDS
   with tqdm.tqdm(
     total=total,
     initial=played,
@@ -1844,8 +1850,12 @@ def _watch_test(loops, results, stop_signals):
   ) as bar:
     while loops.is_running() and not stop_signals:
       loops.coord.wait_for_stop(timeout=0.5)
-      bar.update(results.num_played() - bar.n)
+      played = results.num_played()
+      bar.update(played - bar.n)
       results.save()
+      if bar.disable and time.monotonic() >= next_report:
+        next_report += _REPORT_SECONDS
+        print(f'{played} of {total} episodes', flush=True)
 
 
 # --- Test in the background of a training -----------------------------------
@@ -2053,6 +2063,11 @@ class Player:
 
 def _check_flags():
   """Raises UserError if the flags make no sense together."""
+  if FLAGS.checkpoint and FLAGS.mode != 'test':
+    raise UserError(
+      '--checkpoint is for --mode=test: training goes on from the last '
+      'checkpoint in --logdir.'
+    )
   if FLAGS.task != -1 or FLAGS['job_name'].present:
     raise UserError(
       'Training on several machines (--task, --job_name) is not built yet: '

@@ -270,6 +270,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--logdir=/proc/log', '/proc/log can not be written'),
     ('--task=0', 'several machines'),
     ('--mode=test', 'no checkpoint'),
+    ('--checkpoint=model.ckpt-1', '--mode=test'),
   ],
 )
 def test_impossible_flag_gets_one_sentence(tmp_path, flag, message):
