@@ -106,11 +106,11 @@ def test_short_episodes_are_not_favoured_and_seeds_decide(tmp_path, capsys):
     game = experiment.Game(None, [LENGTHS], None, None, None, {})
     seeds = [experiment._test_seeds(game, index)[0] for index in range(12)]
   lengths = first_lengths(seeds)
-  assert 3 <= lengths.count(100) <= 9
+  assert 3 <= lengths.count(60) <= 9
   assert [episode['frames'] for episode in episodes] == lengths
   for episode, length in zip(episodes, lengths, strict=True):
     # The actions of 0 to 2, of some policy.
-    actions = episode['episode_return'] - (100 if length == 100 else 0)
+    actions = episode['episode_return'] - (100 if length == 60 else 0)
     assert 0 <= actions <= 2 * length
   returns = [episode['episode_return'] for episode in episodes]
   (row,) = content['levels']

@@ -133,7 +133,7 @@ gym.register('Limit-v0', Toy, kwargs={'layout': 'Grey'}, max_episode_steps=5)
 
 
 class Lengths(gym.Env):
-  """Has, by chance, episodes of 1 step or of 100: the latter return 100 more.
+  """Has, by chance, episodes of 1 step or of 60: the latter return 100 more.
 
   Where frames differ, so do the actions; each adds its number to the return.
   """
@@ -144,13 +144,13 @@ class Lengths(gym.Env):
 
   def reset(self, *, seed=None, options=None):
     super().reset(seed=seed)
-    self.length = self._left = 100 if self.np_random.random() < 0.5 else 1
+    self.length = self._left = 60 if self.np_random.random() < 0.5 else 1
     return self._observation(), {}
 
   def step(self, action):
     self._left -= 1
     ends = self._left == 0
-    bonus = 100 if ends and self.length == 100 else 0
+    bonus = 100 if ends and self.length == 60 else 0
     return self._observation(), int(action) + bonus, ends, False, {}
 
   def _observation(self):
