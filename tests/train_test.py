@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+import experiment
 import plot
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -148,6 +150,9 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
   mean, _, _, low, high, _ = row.group(1).replace('-', '0').split()
   mean, low, high = float(mean), float(low), float(high)
   assert 550 <= low <= mean <= high <= 570
+  player = experiment.Player(logdir)
+  assert player.frame_shape == (4, 6, 1)
+  assert player.step(np.zeros((4, 6), np.uint8)).action in (0, 1, 2)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
