@@ -1375,7 +1375,7 @@ def train():
         log_step_count_steps=None,
         stop_grace_period_secs=5,
         config=_session_config(FLAGS.num_actors),
-        hooks=[loops, tests],
+        hooks=[loops, tests] if FLAGS.test_interval_frames else [loops],
       ) as session:
         learner = LearnerLoop(session, update, metrics, loops.coord)
         learner.start()
@@ -1442,6 +1442,7 @@ def _watch(loops, metrics, stop_signals, tests):
     if time.monotonic() >= next_report:
       next_report += _REPORT_SECONDS
       console.report(metrics.global_step, metrics.report(loops.session))
+  tests.tell(console)
   console.close()
 
 
@@ -1894,11 +1895,7 @@ class BackgroundTests(tf.train.SessionRunHook):
     return tf.train.SessionRunArgs(tf.train.get_global_step())
 
   def after_run(self, run_context, run_values):
-    if (
-      not FLAGS.test_interval_frames
-      or run_values.results < self._next_frames
-      or self._checkpoint
-    ):
+    if run_values.results < self._next_frames or self._checkpoint:
       return
     session = run_context.session
     frames = session.run(tf.train.get_global_step())
@@ -1912,19 +1909,24 @@ class BackgroundTests(tf.train.SessionRunHook):
     )
 
   def poll(self, console):
-    """Starts the test of a checkpoint, or tells of one that ended."""
-    if self._checkpoint is None:
-      return
-    if self._process is None:
+    """Tells of a test that ended, and starts the next one."""
+    self.tell(console)
+    if self._checkpoint and self._process is None:
       self._start()
-    elif self._process.poll() is not None:
-      try:
-        frames = int(self._checkpoint.rpartition('-')[2])
-        line = self._metrics.add_test(_results_path(frames) + '.json')
-      except (OSError, ValueError):
-        line = f'The test of {self._checkpoint} failed, see {self._log}.'
-      console.say(line)
-      self._process = self._checkpoint = None
+
+  def tell(self, console):
+    """Logs the results of a test if it has ended."""
+    if self._process is None or self._process.poll() is None:
+      return
+    try:
+      frames = int(self._checkpoint.rpartition('-')[2])
+      line = self._metrics.add_test(_results_path(frames) + '.json')
+    except (OSError, ValueError):
+      line = f'The test of {self._checkpoint} failed, see {self._log}.'
+    console.say(line)
+    # In this order: without a checkpoint, the learner's thread saves another.
+    self._process = None
+    self._checkpoint = None
 
   def close(self):
     """Ends a test under way."""
@@ -1937,7 +1939,7 @@ class BackgroundTests(tf.train.SessionRunHook):
         self._process.wait()
 
   def _schedule(self, frames):
-    interval = max(1, FLAGS.test_interval_frames)
+    interval = FLAGS.test_interval_frames
     self._next_frames = (frames // interval + 1) * interval
 
   def _start(self):
