@@ -105,6 +105,7 @@ RUN pip install --no-cache-dir --no-deps /tmp/dmlab_pkg/*.whl
 # Without a .dockerignore, `COPY . .` could bring operations compiled for the
 # host, so the sources are named.
 COPY Makefile *.py *.cc ./
+COPY flagfiles flagfiles
 RUN make ops PYTHON=python
 
 # -------------------------------------------------------------- final image

@@ -1,5 +1,7 @@
 # make train   sets everything up, trains on ViZDoom, tests the agent, draws a
 #              learning curve (GPU=1: with TensorFlow's CUDA build)
+# make plot    draws the learning curves of trainings: LOGDIR=<logdir>, several
+#              in quotes
 # make test    sets everything up, checks the style, runs all tests
 # make ops     builds the TensorFlow operations
 #
@@ -16,19 +18,18 @@ REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
 OPS = dynamic_batching_ops.so py_process_ops.so
 LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 
-# Doom: turn around, and shoot those who come near. Some five minutes on two
-# cores; the same settings serve training and test.
-QUICK_START = --level_name=gym:VizdoomDefendCenter-v1 --torso=shallow \
-  --num_actors=8 --batch_size=4 --unroll_length=20 --learning_rate=0.0006 \
-  --epsilon=0.01 --entropy_cost=0.01 --max_gradient_norm=40 \
-  --total_environment_frames=600000
+# The same settings serve training and test.
+QUICK_START = --flagfile=flagfiles/quick_start
 
-.PHONY: train test ops lint clean
+.PHONY: train plot test ops lint clean
 .DELETE_ON_ERROR:
 
 train: ops
 	$(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR)
 	$(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR) --mode=test
+	$(PYTHON) plot.py $(LOGDIR)
+
+plot: $(INSTALLED)
 	$(PYTHON) plot.py $(LOGDIR)
 
 test: ops lint

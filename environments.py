@@ -10,11 +10,14 @@ family is constructed in a process of its own (`py_process`) and has
 
 where an observation is `(frame, instruction)`: uint8 [height, width, channels]
 and a string. With `done`, `reward` belongs to the episode that ended and the
-observation is the first of the next one: environments reset themselves. In the
-program, without a process, a family offers two class methods:
+observation is the first of the next one: environments reset themselves. A test
+plays a single episode in each process: after its end nothing happens any more,
+and the last observation stays. In the program, without a process, a family
+offers two class methods:
 
   describe(level, settings) -> EnvironmentSpec
   create(level, seed, settings, spec) -> PyProcess
+  picture(frame) -> the frame for people, uint8 [height, width, 1 or 3]
 
 Ends by a time limit count as ends of the episode, as in DeepMind's release: the
 value after them is taken as 0. To bootstrap there, the learner would need the
@@ -63,14 +66,31 @@ Settings = collections.namedtuple(
     'num_action_repeats',  # Environment frames per agent step.
     'dataset_path',  # Folder with the data of DeepMind Lab's Psychlab, or ''.
     'level_cache_dir',  # Folder for DeepMind Lab's compiled maps.
-    'is_test',  # Whether episodes are played for evaluation.
+    'is_test',  # Whether a single episode is played for evaluation.
+    'full_action_set',  # Whether Atari games have all 18 actions.
   ],
+  defaults=[False],
 )
 
 
 def _size(settings, height, width):
   """Returns the frame's (height, width): the user's choice or the family's."""
   return (settings.height or height, settings.width or width)
+
+
+def resize(frame, height, width):
+  """Returns a frame, uint8 [h, w] or [h, w, c], as [height, width, c]."""
+  import cv2
+
+  if frame.shape[:2] != (height, width):
+    shrinks = frame.shape[0] > height
+    frame = cv2.resize(
+      frame,
+      (width, height),
+      interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST,
+    )
+  # OpenCV drops a single channel.
+  return frame.reshape(height, width, -1)
 
 
 def _specs(method_name, frame_shape):
@@ -160,6 +180,7 @@ class PyProcessDmLab:
     seed,
     runfiles_path=None,
     level_cache=None,
+    is_test=False,
   ):
     """Starts DeepMind Lab.
 
@@ -170,12 +191,15 @@ class PyProcessDmLab:
       seed: int, from which the seeds of the episodes are drawn.
       runfiles_path: folder with DeepMind Lab's files, None for its own.
       level_cache: object with `fetch` and `write`, e.g. `LocalLevelCache`.
+      is_test: whether a single episode is played.
     """
     import deepmind_lab
 
     if runfiles_path:
       deepmind_lab.set_runfiles_path(runfiles_path)
     self._num_action_repeats = num_action_repeats
+    self._is_test = is_test
+    self._is_over = False
     self._random_state = np.random.RandomState(seed)
     options = {
       'config': {key: str(value) for key, value in config.items()},
@@ -197,17 +221,25 @@ class PyProcessDmLab:
     """Starts an episode and returns its first observation."""
     # A Python int: DeepMind Lab refuses NumPy's.
     self._env.reset(seed=int(self._random_state.randint(0, 2**31 - 1)))
-    return self._observation()
+    self._shown = self._observation()
+    return self._shown
 
   def step(self, action):
     """Repeats `action`, an array [7]; returns (reward, done, observation)."""
+    if self._is_over:
+      return 0.0, False, self._shown
     reward = self._env.step(
       np.asarray(action, np.intc), num_steps=self._num_action_repeats
     )
     done = not self._env.is_running()
     # There are no observations after the end of an episode.
-    observation = self.initial() if done else self._observation()
-    return reward, done, observation
+    if not done:
+      self._shown = self._observation()
+    elif self._is_test:
+      self._is_over = True
+    else:
+      self.initial()
+    return reward, done, self._shown
 
   def close(self):
     self._env.close()
@@ -224,6 +256,11 @@ class PyProcessDmLab:
     size = {'height': 240, 'width': 320, **constructor_kwargs['config']}
     frame_shape = (int(size['height']), int(size['width']), 3)
     return _specs(method_name, frame_shape)
+
+  @staticmethod
+  def picture(frame):
+    """See the module."""
+    return frame
 
   @staticmethod
   def describe(level, settings):
@@ -263,6 +300,7 @@ class PyProcessDmLab:
       settings.num_action_repeats,
       seed,
       level_cache=LocalLevelCache(os.path.abspath(settings.level_cache_dir)),
+      is_test=settings.is_test,
     )
 
 
@@ -288,6 +326,7 @@ class GymEnvironment:
     width,
     num_channels=None,
     is_test=False,
+    full_action_set=False,
   ):
     """Makes the environment.
 
@@ -298,7 +337,9 @@ class GymEnvironment:
       height: of the frame, in pixels.
       width: of the frame, in pixels.
       num_channels: of the frame, as `describe` found; None in its own process.
-      is_test: whether episodes are played for evaluation.
+      is_test: whether a single episode is played, for evaluation.
+      full_action_set: whether an Atari game has all 18 actions, and not only
+        those that it makes use of.
 
     Raises:
       ValueError: observations or actions are not as needed.
@@ -310,6 +351,8 @@ class GymEnvironment:
     self._num_action_repeats = num_action_repeats
     self._size = (height, width)
     self._is_test = is_test
+    self._last = None  # What stays after the end of a test.
+    self._full_action_set = full_action_set
     self._seed = seed
     with warnings.catch_warnings():
       if num_channels is not None:  # The process of `describe` showed them.
@@ -327,6 +370,8 @@ class GymEnvironment:
 
   def step(self, action):
     """Repeats `action`, an int; returns (reward, done, observation)."""
+    if self._last is not None:
+      return 0.0, False, self._last
     total_reward = 0.0
     for _ in range(self._num_action_repeats):
       observation, reward, terminated, truncated, info = self._env.step(
@@ -334,7 +379,10 @@ class GymEnvironment:
       )
       total_reward += float(reward)
       if terminated or truncated:
-        return total_reward, True, self.initial()
+        if not self._is_test:
+          return total_reward, True, self.initial()
+        self._last = self._observation(observation)
+        return total_reward, True, self._last
     return total_reward, self._ends(info), self._observation(observation)
 
   def close(self):
@@ -359,24 +407,12 @@ class GymEnvironment:
 
   def _observation(self, observation):
     """Returns the frame and the instruction of an observation."""
-    import cv2
-
     if self._image_key is None:
       frame, texts = observation, []
     else:
       frame = observation[self._image_key]
       texts = [t for t in observation.values() if isinstance(t, str)]
-    frame = np.asarray(frame)
-    height, width = self._size
-    if frame.shape[:2] != self._size:
-      shrinks = frame.shape[0] > height
-      frame = cv2.resize(
-        frame,
-        (width, height),
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST,
-      )
-    # OpenCV drops a single channel.
-    return frame.reshape(height, width, -1), ' '.join(texts)
+    return resize(np.asarray(frame), *self._size), ' '.join(texts)
 
   def _image_space(self):
     space = self._env.observation_space
@@ -430,6 +466,11 @@ class GymEnvironment:
     ]
     return _specs(method_name, frame_shape)
 
+  @staticmethod
+  def picture(frame):
+    """See the module."""
+    return frame[..., :3]  # A fourth channel would be the opacity.
+
   @classmethod
   def describe(cls, level, settings):
     """See the module; raises ValueError if the level can't be played."""
@@ -464,6 +505,7 @@ class GymEnvironment:
       width=width,
       num_channels=num_channels,
       is_test=settings.is_test,
+      full_action_set=settings.full_action_set,
     )
 
 
@@ -500,8 +542,9 @@ class AtariEnvironment(GymEnvironment):
   """An Atari game with the paper's preprocessing (appendix G, table G.1).
 
   Frames are the grey maximum of the last two, 84x84, four stacked as channels.
-  A game starts with 1-30 no-ops. In training the loss of a life ends the
-  episode (the game goes on); when tested, the whole game is one.
+  A game starts with 1-30 no-ops and ends after 108,000 frames at the latest,
+  half an hour. In training the loss of a life ends the episode (the game goes
+  on); when tested, the whole game is one.
   """
 
   MODULES = (*GymEnvironment.MODULES, 'ale_py')
@@ -520,20 +563,48 @@ class AtariEnvironment(GymEnvironment):
       level,
       frameskip=1,
       repeat_action_probability=0.0,
+      full_action_space=self._full_action_set,
+      max_num_frames_per_episode=108_000,
       disable_env_checker=True,
     )
     env = wrappers.AtariPreprocessing(
       env, frame_skip=num_action_repeats, screen_size=(width, height)
     )
     env = wrappers.FrameStackObservation(env, stack_size=4)
+    if self._full_action_set:
+      env = self._with_all_actions(env)
     space = gymnasium.spaces.Box(0, 255, (height, width, 4), np.uint8)
     return wrappers.TransformObservation(
       env, lambda frames: np.moveaxis(frames, 0, -1), space
     )
 
+  def _with_all_actions(self, env):
+    """Gives a game the 18 actions of the console.
+
+    One game, Skiing, doesn't have those that fire: there, firing does nothing.
+    """
+    import ale_py
+    import gymnasium
+    from gymnasium import wrappers
+
+    legal = env.unwrapped.ale.getLegalActionSet()
+    indices = {action.name: i for i, action in enumerate(legal)}
+    table = []
+    for action in ale_py.Action.__members__:
+      without_fire = action.removesuffix('FIRE') or 'NOOP'
+      table.append(indices.get(action, indices[without_fire]))
+    return wrappers.TransformAction(
+      env, table.__getitem__, gymnasium.spaces.Discrete(len(table))
+    )
+
   def initial(self):
     self._lives = 0
     return super().initial()
+
+  @staticmethod
+  def picture(frame):
+    """See the module."""
+    return frame[..., -1:]  # The newest.
 
   def _ends(self, info):
     lost = info['lives'] < self._lives

@@ -19,55 +19,46 @@ actor tasks reach them over the network (see `Board`):
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 
 import numpy as np
 import six
 import tqdm
 from absl import app, flags, logging
 
+import quiet
 
-@contextlib.contextmanager
-def _quiet_start():
-  """Drops what TensorFlow tells while it starts, unless run with -v=1."""
-  # Flags are parsed later than this is needed.
-  if any(re.fullmatch(r'--?(v|verbosity)=[1-9]', arg) for arg in sys.argv):
-    yield
-    return
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  # Before its logging is set up, TensorFlow knows no level.
-  stderr = os.dup(2)
-  with open(os.devnull, 'w') as devnull:
-    os.dup2(devnull.fileno(), 2)
-  try:
-    yield
-  finally:
-    os.dup2(stderr, 2)
-    os.close(stderr)
-
-
-with _quiet_start():
+with quiet.start():
   import sonnet as snt
   import tensorflow.compat.v1 as tf
 
+  import atari57
   import dmlab30
   import dynamic_batching
   import environments
+  import evaluation
   import py_process
+  import video
   import vtrace
 
 # Sonnet asks once whether TensorFlow 2 is on, and would take a graph for a no.
@@ -89,12 +80,18 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   'level_name',
   'explore_goal_locations_small',
-  'What to play: a level of DeepMind Lab, dmlab30 for the whole suite, or gym: '
-  'and the id of a Gymnasium environment with images and discrete actions, '
-  'e.g. gym:VizdoomBasic-v1, gym:ALE/Pong-v5.',
+  'What to play: a level of DeepMind Lab, gym: and the id of a Gymnasium '
+  'environment with images and discrete actions, e.g. gym:VizdoomBasic-v1, '
+  'gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
 )
 flags.DEFINE_integer(
   'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1
+)
+flags.DEFINE_string(
+  'checkpoint',
+  '',
+  'The checkpoint to test, e.g. /tmp/agent/model.ckpt-1000; the last one in '
+  '--logdir if this is not given.',
 )
 flags.DEFINE_integer(
   'task', -1, 'Number of this task; -1 is training on one machine.'
@@ -115,6 +112,18 @@ flags.DEFINE_string(
   'host:port by which the learner calls this actor task in its reports, '
   'localhost:<8001 + task> by default. Actor tasks open no port.',
 )
+flags.DEFINE_integer(
+  'test_interval_frames',
+  0,
+  'Environment frames between two tests in the background of a training, in a '
+  'process of their own; 0 is off.',
+  lower_bound=0,
+)
+flags.DEFINE_string(
+  'video_dir',
+  '',
+  'Folder for a video of the first test episode of each level; none without.',
+)
 
 # The size of the training.
 flags.DEFINE_integer(
@@ -127,7 +136,8 @@ flags.DEFINE_integer(
   'num_actors',
   4,
   'Actors, with an environment process each. On many machines the actor tasks '
-  'that the learner expects, for its reports alone.',
+  'that the learner expects, for its reports alone; in test mode, how many '
+  'episodes are played at once.',
   lower_bound=1,
 )
 flags.DEFINE_integer(
@@ -178,7 +188,7 @@ flags.DEFINE_integer(
   'max_environment_restarts',
   10,
   'How often the environment process of an actor may die and be restarted '
-  'before training stops.',
+  'before training stops, or that of a level before its test is given up.',
   lower_bound=0,
 )
 
@@ -230,6 +240,49 @@ flags.DEFINE_float(
   'Gradients of a larger global norm are scaled down to it; 0 is off.',
   lower_bound=0,
 )
+
+# A benchmark of many levels: the module with its levels and reference scores,
+# the folder of the levels, and its scores: functions of the returns by level.
+Suite = collections.namedtuple('Suite', 'module folder aggregates')
+
+SUITES = {
+  'dmlab30': Suite(
+    dmlab30,
+    'contributed/dmlab30/',
+    {
+      'no_cap': functools.partial(
+        dmlab30.compute_human_normalized_score, per_level_cap=None
+      ),
+      'cap_100': functools.partial(
+        dmlab30.compute_human_normalized_score, per_level_cap=100
+      ),
+    },
+  ),
+  'atari57': Suite(
+    atari57,
+    '',
+    {
+      'median': atari57.compute_human_normalized_score,
+      'mean': functools.partial(
+        atari57.compute_human_normalized_score, aggregate=np.mean
+      ),
+    },
+  ),
+}
+
+# Atari's and DeepMind Lab's own pace: 60 frames per second, 4 to a step.
+_VIDEO_FRAMES_PER_SECOND = 15
+
+# Whose versions decide the course of an episode, where they are installed.
+_ENVIRONMENT_PACKAGES = (
+  'ale-py',
+  'minigrid',
+  'opencv-python-headless',
+  'vizdoom',
+)
+
+# What the agent is made for, beside its checkpoints.
+_DESCRIPTION = 'agent.json'
 
 _NOT_FINITE = 'The loss or its gradient is not finite'
 _REPORT_SECONDS = 30  # Between two reports of the metrics.
@@ -415,7 +468,7 @@ class Agent(snt.Module):
     )
 
 
-# Keeps the scale of a signal of which a ReLU takes half (arXiv 1502.01852). With
+# Keeps the scale of a signal of which a ReLU takes half (arXiv 1502.01852). By
 # Sonnet's default the picture gets fainter layer by layer.
 _RELU_INIT = snt.initializers.VarianceScaling(2.0)
 
@@ -509,7 +562,7 @@ Actor = collections.namedtuple(
 )
 
 
-def build_actor(agent, env, level_name, action_set):
+def build_actor(agent, env, level_name, action_set, noise_seed=None):
   """Builds the loop in which an actor plays one unroll.
 
   Args:
@@ -517,14 +570,30 @@ def build_actor(agent, env, level_name, action_set):
     env: `FlowEnvironment`.
     level_name: string scalar, tensor or not.
     action_set: array [num_actions, ...], what `env.step` takes.
+    noise_seed: int32 scalar tensor, from which, with the number of the step in
+      its episode, actions are drawn: the same ones in each run, however its
+      inference was batched. None draws them from the graph's random numbers.
 
   Returns:
     `Actor`.
   """
+  is_reproducible = noise_seed is not None
 
   @dynamic_batching.batch_fn
   def infer(last_action, env_output, agent_state):
-    return agent((last_action, env_output), agent_state)
+    requests = (last_action, env_output), agent_state
+    if not is_reproducible:
+      return agent(*requests)
+    # Products of one row are computed in another way and round differently;
+    # from two rows on, a row's results don't depend on the others.
+    batch_size = tf.shape(last_action)[0]
+    padding = tf.cast(batch_size < 2, tf.int32)
+    results = agent(
+      *tf.nest.map_structure(
+        lambda t: tf.concat([t, t[:padding]], axis=0), requests
+      )
+    )
+    return tf.nest.map_structure(lambda t: t[:batch_size], results)
 
   initial_state = _build_initial_state(agent, env)
   state = tf.nest.map_structure(
@@ -535,11 +604,20 @@ def build_actor(agent, env, level_name, action_set):
   def act(state):
     # The agent doesn't see the accounts of the episode.
     env_output = state.env_output._replace(info=())
-    return _without_batch(
-      infer(
-        *_with_batch((state.agent_output.action, env_output, state.agent_state))
-      )
+    agent_output, agent_state = infer(
+      *_with_batch((state.agent_output.action, env_output, state.agent_state))
     )
+    if is_reproducible:
+      action = tf.random.stateless_categorical(
+        agent_output.policy_logits,
+        1,
+        seed=[noise_seed, state.env_state.episode_step],
+        dtype=tf.int32,
+      )
+      agent_output = agent_output._replace(
+        action=tf.minimum(tf.squeeze(action, 1), agent.num_actions - 1)
+      )
+    return _without_batch((agent_output, agent_state))
 
   def step(state, _):
     agent_output, agent_state = act(state)
@@ -1074,18 +1152,43 @@ class Metrics:
       f'{level}/episode_return': episode_return,
       f'{level}/episode_frames': steps * FLAGS.num_action_repeats,
     }
-    if FLAGS.level_name == 'dmlab30' and len(self._returns) == len(
-      self._levels
-    ):
-      score = functools.partial(
-        dmlab30.compute_human_normalized_score, self._returns
-      )
-      values['dmlab30/training_no_cap'] = score(per_level_cap=None)
-      values['dmlab30/training_cap_100'] = score(per_level_cap=100)
+    suite = SUITES.get(FLAGS.level_name)
+    if suite and len(self._returns) == len(self._levels):
+      for name, aggregate in suite.aggregates.items():
+        values[f'{FLAGS.level_name}/training_{name}'] = aggregate(self._returns)
       self._returns.clear()
     self._write(values)
 
-  def _write(self, values):
+  def add_test(self, path):
+    """Writes what a test found.
+
+    Args:
+      path: of the JSON file of its `evaluation.Results`.
+
+    Returns:
+      The same for people, a line.
+    """
+    with open(path) as file:
+      content = json.load(file)
+    suite = FLAGS.level_name
+    scores = {f'{suite}/{name}': s for name, s in content['scores'].items()}
+    levels = {
+      f'{row["level"]}/{tag}': row[name]
+      for row in content['levels']
+      for name, tag in (
+        ('mean', 'mean_return'),
+        ('human_normalized', 'human_normalized'),
+      )
+      if row[name] is not None
+    }
+    values = {f'test/{n}': value for n, value in {**scores, **levels}.items()}
+    frames = content['settings']['frames']
+    self._write(values, frames)
+    # A suite has too many levels for a line.
+    lines = [f'{n} {value:.2f}' for n, value in (scores or levels).items()]
+    return f'test after {frames:,} frames: {", ".join(lines)}'
+
+  def _write(self, values, step=None):
     self._writer.add_summary(
       tf.Summary(
         value=[
@@ -1093,7 +1196,7 @@ class Metrics:
           for tag, value in values.items()
         ]
       ),
-      self.global_step,
+      self.global_step if step is None else step,
     )
 
   def _lines(self, values, played, learner):
@@ -1173,22 +1276,21 @@ class UserError(Exception):
 
 
 # What is played: the class of the levels' family, the levels' names for people
-# and for the environments, and what `describe` told of them.
-Game = collections.namedtuple('Game', 'family names levels settings spec')
+# and for the environments, what `describe` told of them, and a dict from the
+# names of the levels that can't be played to the reasons.
+Game = collections.namedtuple(
+  'Game', 'family names levels settings spec missing'
+)
 
 
 def _choose_game():
   """Finds out what the flags ask to play; raises UserError if it can't be."""
   is_test = FLAGS.mode == 'test'
-  names = [FLAGS.level_name]
-  if FLAGS.level_name == 'dmlab30':
-    names = list(
-      dmlab30.LEVEL_MAPPING.values() if is_test else dmlab30.LEVEL_MAPPING
-    )
-  suite = {*dmlab30.LEVEL_MAPPING, *dmlab30.LEVEL_MAPPING.values()}
-  levels = [
-    f'contributed/dmlab30/{name}' if name in suite else name for name in names
-  ]
+  names, suite = [FLAGS.level_name], SUITES.get(FLAGS.level_name)
+  if suite:
+    mapping = suite.module.LEVEL_MAPPING
+    names = list(mapping.values() if is_test else mapping)
+  levels = [_full_name(name) for name in names]
   settings = environments.Settings(
     height=FLAGS.height if FLAGS['height'].present else None,
     width=FLAGS.width if FLAGS['width'].present else None,
@@ -1196,25 +1298,57 @@ def _choose_game():
     dataset_path=FLAGS.dataset_path,
     level_cache_dir=os.path.expanduser(FLAGS.level_cache_dir),
     is_test=is_test,
+    # One agent plays all levels.
+    full_action_set=suite is not None,
   )
   family = environments.family_of(levels[0])
-  try:
-    specs = [family.describe(level, settings) for level in levels]
-  except ValueError as error:
-    raise UserError(str(error)) from None
-  return Game(family, names, levels, settings, specs[0])
+
+  def describe(level):
+    try:
+      return family.describe(level, settings)
+    except ValueError as error:
+      return UserError(str(error))
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    specs = dict(zip(names, pool.map(describe, levels), strict=True))
+  missing = {
+    name: specs.pop(name)
+    for name in names
+    if isinstance(specs[name], UserError)
+  }
+  # A test tells what it can of the other levels.
+  if missing and not (is_test and specs):
+    raise next(iter(missing.values()))
+  spec = next(iter(specs.values()))
+  return Game(family, names, levels, settings, spec, missing)
 
 
-def _create_processes(game, num_actors):
-  """Returns a `PyProcess` per actor; levels are assigned round-robin."""
+def _full_name(name):
+  """Returns what a level's environment calls it."""
+  for suite in SUITES.values():
+    mapping = suite.module.LEVEL_MAPPING
+    if name in mapping or name in mapping.values():
+      return suite.folder + name
+  return name
+
+
+def _create_processes(game, count, seed_of):
+  """Returns some `PyProcess`, not started; levels are assigned round-robin.
+
+  Args:
+    game: `Game`.
+    count: int, how many.
+    seed_of: function from a process's index to its environment's seed.
+  """
+  first = _first_environment()
   return [
     game.family.create(
-      game.levels[(_first_environment() + actor) % len(game.levels)],
-      _environment_seed(actor),
+      game.levels[(first + index) % len(game.levels)],
+      seed_of(index),
       game.settings,
       game.spec,
     )
-    for actor in range(num_actors)
+    for index in range(count)
   ]
 
 
@@ -1230,13 +1364,22 @@ def _new_graph():
     yield
 
 
-def _build_actor_for(game, agent, processes):
-  """Builds the one graph of all actors, and the placeholder of their index."""
+def _build_actor_for(game, agent, processes, noise_seeds=None):
+  """Builds the one graph of all actors, and the placeholder of their index.
+
+  Args:
+    game: `Game`.
+    agent: `Agent`.
+    processes: list of `PyProcess`, made by `_create_processes`.
+    noise_seeds: for `build_actor`, a list of ints, one for each process.
+  """
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
   number = _first_environment() + index
   level_name = tf.constant(game.names)[number % len(game.names)]
-  return build_actor(agent, env, level_name, game.spec.action_set), index
+  noise_seed = None if noise_seeds is None else tf.constant(noise_seeds)[index]
+  actor = build_actor(agent, env, level_name, game.spec.action_set, noise_seed)
+  return actor, index
 
 
 def _session_config(num_actors):
@@ -1249,9 +1392,8 @@ def _session_config(num_actors):
   return config
 
 
-def _check_checkpoint():
-  """Raises UserError if the log directory holds another agent's checkpoint."""
-  checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+def _check_checkpoint(checkpoint, place):
+  """Raises UserError if a checkpoint, which may be None, is another agent's."""
   if checkpoint is None:
     return
   theirs = dict(tf.train.list_variables(checkpoint))
@@ -1259,7 +1401,7 @@ def _check_checkpoint():
     name, ours = variable.op.name, variable.shape.as_list()
     if theirs.get(name) != ours:
       raise UserError(
-        f'{FLAGS.logdir} holds the checkpoint of another agent: its {name} is '
+        f'{place} holds the checkpoint of another agent: its {name} is '
         f'{theirs.get(name, "missing")}, here it is {ours}. Give another '
         '--logdir, or the --level_name, --torso, --height and --width that it '
         'was trained with.'
@@ -1267,15 +1409,31 @@ def _check_checkpoint():
 
 
 def _make_logdir():
+  _make_folder('logdir', FLAGS.logdir)
+
+
+def _make_folder(flag, path):
   try:
-    os.makedirs(FLAGS.logdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=FLAGS.logdir):
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
       pass
   except OSError as error:
     raise UserError(
-      f'--logdir={FLAGS.logdir} can not be written ({error.strerror}): give a '
-      'folder that can.'
+      f'--{flag}={FLAGS[flag].value} can not be written ({error.strerror}): '
+      'give a folder that can.'
     ) from None
+
+
+def _save_description(game):
+  """Saves beside the checkpoints what others need to know of the agent."""
+  description = {
+    'torso': FLAGS.torso,
+    'frame_shape': list(game.spec.frame_shape),
+    'action_set': np.asarray(game.spec.action_set).tolist(),
+    'flags': _flag_values(),
+  }
+  with open(os.path.join(FLAGS.logdir, _DESCRIPTION), 'w') as file:
+    json.dump(description, file, indent=1)
 
 
 def train():
@@ -1288,9 +1446,11 @@ def train():
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
     prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
     actors, update, queue = prepare(game, agent)
-    _check_checkpoint()
+    _check_checkpoint(tf.train.latest_checkpoint(FLAGS.logdir), FLAGS.logdir)
     _make_logdir()
+    _save_description(game)
     metrics = Metrics(FLAGS.logdir, game.names, actors)
+    tests = BackgroundTests(metrics)
     close_queue = queue.queue.close(cancel_pending_enqueues=True)
     config = _session_config(FLAGS.num_actors)
     try:
@@ -1303,11 +1463,11 @@ def train():
         log_step_count_steps=None,
         stop_grace_period_secs=5,
         config=config,
-        hooks=[actors],
+        hooks=[actors, tests] if FLAGS.test_interval_frames else [actors],
       ) as session:
         learner = LearnerLoop(session, update, metrics, actors.coord)
         learner.start()
-        _watch(actors, metrics, stop_signals)
+        _watch(actors, metrics, stop_signals, tests)
         actors.coord.request_stop()
         actors.close(learner.error)
         # Wakes whoever waits for the queue; an update under way is finished.
@@ -1318,6 +1478,7 @@ def train():
         if learner.error:
           raise learner.error
     finally:
+      tests.close()
       py_process.close_all(actors.processes)
 
 
@@ -1327,7 +1488,7 @@ def _prepare_alone(game, agent):
   Returns:
     `ActorLoops`, the `Update`, and the `NestQueue` between both.
   """
-  processes = _create_processes(game, FLAGS.num_actors)
+  processes = _create_processes(game, FLAGS.num_actors, _environment_seed)
   actor, index = _build_actor_for(game, agent, processes)
   unroll = build_unroll(actor)
   queue = build_queue(unroll)
@@ -1367,7 +1528,7 @@ class LearnerLoop(threading.Thread):
       self._coord.request_stop()
 
 
-def _watch(actors, metrics, stop_signals):
+def _watch(actors, metrics, stop_signals, tests):
   """Shows the progress until the training stops, or a signal comes."""
   metrics.global_step = int(actors.session.run(tf.train.get_global_step()))
   console = Console(metrics.global_step)
@@ -1383,9 +1544,11 @@ def _watch(actors, metrics, stop_signals):
     console.progress(metrics.global_step, metrics.latest_return())
     for line in actors.changes():
       console.say(line)
+    tests.poll(console)
     if time.monotonic() >= next_report:
       next_report += _REPORT_SECONDS
       console.report(metrics.global_step, metrics.report())
+  tests.tell(console)
   console.close()
 
 
@@ -1563,7 +1726,9 @@ def _unroll_specs(game):
   """Returns the `Unroll` of `tf.TensorSpec` that actor tasks send."""
   with _new_graph():
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
-    actor, _ = _build_actor_for(game, agent, _create_processes(game, 1))
+    actor, _ = _build_actor_for(
+      game, agent, _create_processes(game, 1, _environment_seed)
+    )
     return tf.nest.map_structure(
       lambda t: tf.TensorSpec(t.shape, t.dtype), build_unroll(actor)
     )
@@ -2007,7 +2172,9 @@ def act():
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
-    processes = _create_processes(game, FLAGS.environments_per_actor)
+    processes = _create_processes(
+      game, FLAGS.environments_per_actor, _environment_seed
+    )
     actor, index = _build_actor_for(game, agent, processes)
     unroll = build_unroll(actor)
     learner = Learner(unroll, _settings(game), stop_signals)
@@ -2051,86 +2218,594 @@ def _watch_learner(learner, rounds, loops, stop_signals):
 
 
 def test():
-  """Plays --test_num_episodes on each level with the last checkpoint."""
-  checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+  """Plays --test_num_episodes on each level, and tells how it went.
+
+  Which episodes are played is fixed beforehand, and each has an environment
+  process and seeds of its own. So the number of actors, what was played before
+  an interruption, and how long episodes take change nothing.
+
+  Exits with code 1 if not all of them could be played.
+  """
+  checkpoint = _find_checkpoint()
+  game = _choose_game()
+  with _new_graph(), _stop_signals() as stop_signals:
+    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    # Round after round through the levels.
+    count = FLAGS.test_num_episodes * len(game.names)
+    seeds = [_test_seeds(game, index) for index in range(count)]
+    processes = _create_processes(game, count, lambda index: seeds[index][0])
+    actor, index = _build_actor_for(
+      game, agent, processes, [noise_seed for _, noise_seed in seeds]
+    )
+    _check_checkpoint(checkpoint, FLAGS.checkpoint or FLAGS.logdir)
+    results = _open_results(game, checkpoint)
+    if FLAGS.video_dir:
+      _make_folder('video_dir', FLAGS.video_dir)
+    loops = TestLoops(actor, index, processes, game, results)
+    if loops.num_workers:
+      with tf.train.MonitoredSession(
+        tf.train.ChiefSessionCreator(
+          config=_session_config(loops.num_workers),
+          checkpoint_filename_with_path=checkpoint,
+        ),
+        hooks=[loops],
+      ):
+        try:
+          _watch_test(loops, results, stop_signals)
+        finally:
+          loops.stop()
+          results.save()
+  results.save()
+  print(results.table())
+  print(f'Results: {results.path}.json, {results.path}.csv')
+  if stop_signals:
+    print('Interrupted: the same command plays the missing episodes.')
+  if not results.is_complete():
+    sys.exit(1)
+
+
+def _find_checkpoint():
+  """Returns the path of the checkpoint to test; raises UserError without."""
+  checkpoint = FLAGS.checkpoint or tf.train.latest_checkpoint(FLAGS.logdir)
   if checkpoint is None:
     raise UserError(
       f'{FLAGS.logdir} holds no checkpoint to test: give the --logdir of a '
       'training.'
     )
-  game = _choose_game()
-  with _new_graph(), _stop_signals() as stop_signals:
-    agent = Agent(len(game.spec.action_set), FLAGS.torso)
-    # One for each level: it can't favour short episodes, as the first to finish
-    # of several would.
-    processes = _create_processes(game, len(game.levels))
-    actor, index = _build_actor_for(game, agent, processes)
-    _check_checkpoint()
-    returns = {name: [] for name in game.names}
-    outputs = actor.output.env_outputs
-
-    def take(actor, values):
-      done, episode_returns = values
-      episodes = returns[game.names[actor]]
-      # The first entry was seen as the last of the unroll before.
-      episodes.extend(episode_returns[1:][done[1:]])
-      del episodes[FLAGS.test_num_episodes :]
-      return len(episodes) < FLAGS.test_num_episodes
-
-    loops = ActorLoops(
-      actor,
-      index,
-      processes,
-      (outputs.done, outputs.info.episode_return),
-      take,
+  if not os.path.exists(checkpoint + '.index'):
+    raise UserError(
+      f'The checkpoint {checkpoint} does not exist: give its path without an '
+      'extension, e.g. --checkpoint=/tmp/agent/model.ckpt-1000.'
     )
+  try:
+    tf.train.load_variable(checkpoint, 'global_step')
+  except (tf.errors.OpError, ValueError) as error:
+    raise UserError(
+      f'The checkpoint {checkpoint} can not be read: '
+      f'{str(error).splitlines()[0]}'
+    ) from None
+  return checkpoint
+
+
+def _test_seeds(game, index):
+  """Returns the seeds of a test episode, of its environment and its actions.
+
+  They are the same whether its level is tested alone or with its suite.
+  """
+  name = game.names[index % len(game.names)]
+  number = index // len(game.names)
+  sequence = np.random.SeedSequence(
+    [FLAGS.seed, zlib.crc32(name.encode()), number]
+  )
+  return [int(seed >> 1) for seed in sequence.generate_state(2)]
+
+
+def _open_results(game, checkpoint):
+  """Returns the `evaluation.Results` of what the flags ask for."""
+  frames = int(tf.train.load_variable(checkpoint, 'global_step'))
+  _make_folder('logdir', os.path.dirname(_results_path(frames)))
+  # The index holds the checksums of all variables.
+  with open(checkpoint + '.index', 'rb') as file:
+    fingerprint = hashlib.sha256(file.read()).hexdigest()
+  suite = SUITES.get(FLAGS.level_name)
+  try:
+    results = evaluation.Results(
+      path=_results_path(frames),
+      settings={
+        'level_name': FLAGS.level_name,
+        'checkpoint': os.path.basename(checkpoint),
+        'checkpoint_sha256': fingerprint,
+        'frames': frames,
+        'seed': FLAGS.seed,
+        'num_action_repeats': FLAGS.num_action_repeats,
+        'frame_shape': list(game.spec.frame_shape),
+      },
+      levels=game.names,
+      num_episodes=FLAGS.test_num_episodes,
+      references=_reference_scores(game.names),
+      aggregates=suite.aggregates if suite else {},
+      facts={'flags': _flag_values(), 'versions': _versions()},
+    )
+  except evaluation.OtherEvaluation as error:
+    raise UserError(str(error)) from None
+  for name, reason in game.missing.items():
+    results.give_up(name, str(reason))
+  return results
+
+
+def _results_path(frames):
+  """Returns the path, without extension, of the results of a checkpoint."""
+  name = f'{_file_name(FLAGS.level_name)}-frames{frames}-seed{FLAGS.seed}'
+  return os.path.join(FLAGS.logdir, 'test', name)
+
+
+def _file_name(level):
+  return re.sub(r'[^\w.-]+', '_', level)
+
+
+def _reference_scores(names):
+  """Returns a dict from levels of suites to their (human, random) returns."""
+  references = {}
+  for suite in SUITES.values():
+    module = suite.module
+    for name in names:
+      level = module.LEVEL_MAPPING.get(name, name)
+      if level in module.HUMAN_SCORES:
+        references[name] = (
+          module.HUMAN_SCORES[level],
+          module.RANDOM_SCORES[level],
+        )
+  return references
+
+
+def _flag_values():
+  own = FLAGS.get_flags_for_module(sys.modules[__name__])
+  return {flag.name: flag.value for flag in own}
+
+
+def _versions():
+  """Returns the versions of what decides the course of an episode."""
+  versions = {'python': platform.python_version()}
+  for name in ('tensorflow', 'dm-sonnet', 'gymnasium', *_ENVIRONMENT_PACKAGES):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
+# What a test sees of an unroll: outputs of [T + 1, ...] as in `ActorOutput`.
+TestUnroll = collections.namedtuple(
+  'TestUnroll', 'done info frame action baseline'
+)
+
+
+class TestLoops(tf.train.SessionRunHook):
+  """Plays the episodes of a test that the results don't have yet.
+
+  Some threads take them one after another. Each starts the episode's process,
+  plays to the end, and closes the process.
+  """
+
+  def __init__(self, actor, index, processes, game, results):
+    """Prepares the loops; the session's start starts them.
+
+    Args:
+      actor: `Actor`.
+      index: int placeholder, which process plays.
+      processes: list of `PyProcess`, one per episode, round after round through
+        the levels.
+      game: `Game`.
+      results: `evaluation.Results`.
+    """
+    self._actor = actor
+    self._index = index
+    self._processes = processes
+    self._game = game
+    self._names = game.names
+    self._results = results
+    self._episodes = collections.deque()
+    for episode in range(len(processes)):
+      name, number = self._identify(episode)
+      is_seen = results.has(name, number) and (
+        number > 0 or not FLAGS.video_dir or os.path.exists(self._video(name))
+      )
+      if not is_seen and name not in results.missing:
+        self._episodes.append(episode)
+    self.num_workers = min(FLAGS.num_actors, len(self._episodes))
+    # The running processes, which their thread closes or, to wake it, `stop`.
+    self._running = set()
+    self._lock = threading.Lock()
+    self._threads = []
+    self.coord = None
+
+  def after_create_session(self, session, coord):
+    self.coord = coord
+    env_outputs = self._actor.output.env_outputs
+    agent_outputs = self._actor.output.agent_outputs
+    self._start = session.make_callable(
+      tf.nest.flatten(self._actor.initial_state), [self._index]
+    )
+
+    def make_unroll(fetches):
+      return session.make_callable(
+        [fetches, tf.nest.flatten(self._actor.next_state)],
+        [self._index, *tf.nest.flatten(self._actor.state)],
+      )
+
+    self._unroll = make_unroll(
+      TestUnroll(env_outputs.done, env_outputs.info, [], [], [])
+    )
+    self._unroll_for_video = make_unroll(
+      TestUnroll(
+        env_outputs.done,
+        env_outputs.info,
+        env_outputs.observation[0],
+        agent_outputs.action,
+        agent_outputs.baseline,
+      )
+    )
+    for _ in range(self.num_workers):
+      thread = threading.Thread(target=self._run, daemon=True)
+      coord.register_thread(thread)
+      self._threads.append(thread)
+      thread.start()
+
+  def is_running(self):
+    return any(thread.is_alive() for thread in self._threads)
+
+  def stop(self):
+    """Ends the episodes under way."""
+    self.coord.request_stop()
+    while self.is_running():
+      with self._lock:
+        py_process.close_all(self._running)
+      time.sleep(0.1)
+
+  def _identify(self, episode):
+    """Returns the level's name and the episode's number in it."""
+    number, level = divmod(episode, len(self._names))
+    return self._names[level], number
+
+  def _run(self):
+    with self.coord.stop_on_exception():
+      while not self.coord.should_stop():
+        try:
+          episode = self._episodes.popleft()
+        except IndexError:
+          return
+        self._attempt(episode)
+
+  def _attempt(self, episode):
+    """Plays an episode; gives its level up if it fails again and again."""
+    name, number = self._identify(episode)
+    attempts = 1 + FLAGS.max_environment_restarts
+    for attempt in range(1, attempts + 1):
+      if name in self._results.missing or self.coord.should_stop():
+        return
+      try:
+        info = self._run_process(episode)
+      except (tf.errors.OpError, py_process.ProcessError) as error:
+        if self.coord.should_stop():
+          return
+        reason = self._explain(episode, error)
+        logging.warning(
+          '%s, episode %d: %s (attempt %d of %d).',
+          name,
+          number,
+          reason,
+          attempt,
+          attempts,
+        )
+      else:
+        frames = int(info.episode_step) * FLAGS.num_action_repeats
+        self._results.add(
+          name, evaluation.Episode(number, float(info.episode_return), frames)
+        )
+        return
+    self._results.give_up(name, f'{reason} ({attempts} attempts)')
+
+  def _run_process(self, episode):
+    """Plays an episode in a process that is started for it."""
+    process = self._processes[episode]
     try:
-      with tf.train.MonitoredSession(
-        tf.train.ChiefSessionCreator(
-          config=_session_config(len(processes)),
-          checkpoint_filename_with_path=checkpoint,
-        ),
-        hooks=[loops],
-        stop_grace_period_secs=5,
-      ):
-        _watch_test(loops, returns, stop_signals)
-        loops.coord.request_stop()
-        py_process.close_all(processes)
+      process.start()
+      with self._lock:
+        self._running.add(process)
+      return self._play(episode)
     finally:
-      py_process.close_all(processes)
-  _print_returns(returns)
+      with self._lock:
+        self._running.discard(process)
+        process.close()
 
+  def _play(self, episode):
+    """Returns the `StepOutputInfo` of the episode's end."""
+    name, number = self._identify(episode)
+    if not FLAGS.video_dir or number > 0:
+      return self._play_to_the_end(episode, self._unroll, lambda unroll: None)
+    with video.record(self._video(name), _VIDEO_FRAMES_PER_SECOND) as add:
+      return self._play_to_the_end(
+        episode,
+        self._unroll_for_video,
+        functools.partial(self._add_to_video, add),
+      )
 
-def _watch_test(loops, returns, stop_signals):
-  """Shows the progress until all episodes are played, or a signal comes."""
-  total = len(returns) * FLAGS.test_num_episodes
-  with tqdm.tqdm(
-    total=total, unit=' episodes', disable=not sys.stderr.isatty()
-  ) as bar:
-    played = 0
-    while played < total and not stop_signals:
-      if loops.coord.wait_for_stop(timeout=0.2):
-        break
-      played = sum(map(len, returns.values()))
-      bar.update(played - bar.n)
+  def _play_to_the_end(self, episode, run, see):
+    """Runs unrolls, shows each to `see`, and returns the last info."""
+    state = self._start(episode)
+    while not self.coord.should_stop():
+      unroll, state = run(episode, *state)
+      see(unroll)
+      end = _end(unroll)
+      if end is not None:
+        return type(unroll.info)(*(values[end] for values in unroll.info))
+    raise tf.errors.CancelledError(None, None, 'The test was stopped.')
 
+  def _add_to_video(self, add, unroll):
+    end = _end(unroll)
+    # The action that answers a frame comes with the next one.
+    for t in range(len(unroll.done) - 1 if end is None else end):
+      lines = [
+        f'return {unroll.info.episode_return[t]:.2f}',
+        f'action {unroll.action[t + 1]}   value {unroll.baseline[t + 1]:.3f}',
+      ]
+      add(self._game.family.picture(unroll.frame[t]), lines)
+    if end is not None:
+      # The last frame stays for a second, with what its action brought.
+      lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
+      for _ in range(_VIDEO_FRAMES_PER_SECOND):
+        add(self._game.family.picture(unroll.frame[end - 1]), lines)
 
-def _print_returns(returns):
-  for name, episodes in returns.items():
-    if not episodes:
-      print(f'{name}: no episode ended')
-      continue
-    deviation = np.std(episodes, ddof=1) if len(episodes) > 1 else np.nan
-    print(
-      f'{name}: return {np.mean(episodes):.2f} +- '
-      f'{deviation / np.sqrt(len(episodes)):.2f} (mean and standard error of '
-      f'{len(episodes)} episodes), minimum {np.min(episodes):.2f}, maximum '
-      f'{np.max(episodes):.2f}'
+  def _video(self, name):
+    """Returns the path of a level's video."""
+    settings = os.path.basename(self._results.path).removeprefix(
+      _file_name(FLAGS.level_name)
     )
-  if FLAGS.level_name == 'dmlab30' and all(returns.values()):
-    for title, cap in (('no cap', None), ('capped at 100', 100)):
-      score = dmlab30.compute_human_normalized_score(returns, cap)
-      print(f'dmlab30: human-normalised score {score:.2f} ({title})')
+    return os.path.join(FLAGS.video_dir, _file_name(name) + settings + '.mp4')
+
+  def _explain(self, episode, error):
+    """Returns why an episode could not be played."""
+    if isinstance(error, tf.errors.OpError):
+      exit_code = self._processes[episode].exit_code()
+      # One that had not died by itself was told to end by `close`.
+      if exit_code:
+        return f'its process died with {_describe_exit(exit_code)}'
+    return _last_line(error)
+
+
+def _end(unroll):
+  """Returns the index at which a `TestUnroll` ends its episode, or None."""
+  # The first entry was seen as the last of the unroll before.
+  ends = np.flatnonzero(unroll.done[1:])
+  return 1 + ends[0] if ends.size else None
+
+
+def _last_line(error):
+  """Returns what an error says, without the way to it."""
+  text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+  lines = [line for line in text.splitlines() if re.match(r'\w', line)]
+  return lines[-1].rstrip('.') if lines else type(error).__name__
+
+
+def _watch_test(loops, results, stop_signals):
+  """Shows the progress until all episodes are played, or a signal comes."""
+  total = FLAGS.test_num_episodes * len(results.returns())
+  played = results.num_played()
+  next_report = time.monotonic() + _REPORT_SECONDS
+  with tqdm.tqdm(
+    total=total,
+    initial=played,
+    unit=' episodes',
+    dynamic_ncols=True,
+    disable=not sys.stderr.isatty(),
+  ) as bar:
+    while loops.is_running() and not stop_signals:
+      loops.coord.wait_for_stop(timeout=0.5)
+      played = results.num_played()
+      bar.update(played - bar.n)
+      results.save()
+      if bar.disable and time.monotonic() >= next_report:
+        next_report += _REPORT_SECONDS
+        print(f'{played} of {total} episodes', flush=True)
+
+
+# --- Test in the background of a training -----------------------------------
+
+# Ends with the process whose id is its first argument, and becomes another
+# program.
+_CHILD = (
+  'import os, sys, py_process; py_process.die_with(int(sys.argv[1])); '
+  'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
+)
+
+
+class BackgroundTests(tf.train.SessionRunHook):
+  """Tests checkpoints in another process while the training goes on.
+
+  The learner's thread saves a checkpoint; `poll`, of the main thread, has it
+  tested. One at a time: while a test is under way, none is begun.
+  """
+
+  def __init__(self, metrics):
+    self._metrics = metrics
+    self._folder = os.path.join(FLAGS.logdir, 'test')
+    self._log = os.path.join(self._folder, 'background.log')
+    self._next_frames = None
+    self._checkpoint = None  # The one to test, or in test.
+    self._process = None
+
+  def begin(self):
+    # Its own: the training's may delete a checkpoint before it's read.
+    self._saver = tf.train.Saver(max_to_keep=1)
+
+  def after_create_session(self, session, coord):
+    self._schedule(session.run(tf.train.get_global_step()))
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(tf.train.get_global_step())
+
+  def after_run(self, run_context, run_values):
+    if run_values.results < self._next_frames or self._checkpoint:
+      return
+    session = run_context.session
+    frames = session.run(tf.train.get_global_step())
+    self._schedule(frames)
+    os.makedirs(self._folder, exist_ok=True)
+    self._checkpoint = self._saver.save(
+      session,
+      os.path.join(self._folder, 'model.ckpt'),
+      frames,
+      write_meta_graph=False,
+    )
+
+  def poll(self, console):
+    """Tells of a test that ended, and starts the next one."""
+    self.tell(console)
+    if self._checkpoint and self._process is None:
+      self._start()
+
+  def tell(self, console):
+    """Logs the results of a test if it has ended."""
+    if self._process is None or self._process.poll() is None:
+      return
+    try:
+      frames = int(self._checkpoint.rpartition('-')[2])
+      line = self._metrics.add_test(_results_path(frames) + '.json')
+    except (OSError, ValueError):
+      line = f'The test of {self._checkpoint} failed, see {self._log}.'
+    console.say(line)
+    # In this order: without a checkpoint, the learner's thread saves another.
+    self._process = None
+    self._checkpoint = None
+
+  def close(self):
+    """Ends a test under way."""
+    if self._process is not None:
+      self._process.terminate()
+      try:
+        self._process.wait(timeout=10)
+      except subprocess.TimeoutExpired:
+        self._process.kill()
+        self._process.wait()
+
+  def _schedule(self, frames):
+    interval = FLAGS.test_interval_frames
+    self._next_frames = (frames // interval + 1) * interval
+
+  def _start(self):
+    own = FLAGS.get_flags_for_module(sys.modules[__name__])
+    arguments = [
+      flag.serialize()
+      for flag in own
+      if flag.present and flag.name not in ('job_name', 'task')
+    ]
+    with open(self._log, 'a') as log:
+      self._process = subprocess.Popen(
+        [
+          sys.executable,
+          '-c',
+          _CHILD,
+          str(os.getpid()),
+          os.path.abspath(__file__),
+          *arguments,
+          '--mode=test',
+          f'--checkpoint={self._checkpoint}',
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # A Ctrl-C is for the training.
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+      )
+
+
+# --- A trained agent for other programs -------------------------------------
+
+
+class Player:
+  """A trained agent that plays an environment of yours, step by step.
+
+    player = experiment.Player('/tmp/agent')
+    action, _, _ = player.step(frame, reward, done)
+
+  `action_set` has what its actions mean to the environments of the training.
+  """
+
+  def __init__(self, path, seed=None):
+    """Loads an agent.
+
+    Args:
+      path: log directory of a training, for its last checkpoint; or a
+        checkpoint in it, e.g. /tmp/agent/model.ckpt-1000.
+      seed: int, of the actions; None lets them differ each time.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else os.path.dirname(path)
+    checkpoint = tf.train.latest_checkpoint(path) if is_folder else path
+    try:
+      with open(os.path.join(folder, _DESCRIPTION)) as file:
+        description = json.load(file)
+      tf.train.load_variable(checkpoint or folder, 'global_step')
+    except (OSError, ValueError, tf.errors.OpError) as error:
+      raise UserError(f'{path} holds no trained agent: {error}') from None
+    self.frame_shape = tuple(description['frame_shape'])
+    self.action_set = description['action_set']
+    with tf.Graph().as_default():
+      tf.set_random_seed(seed)
+      agent = Agent(len(self.action_set), description['torso'])
+      self._build(agent)
+      self._session = tf.Session()
+      tf.train.Saver().restore(self._session, checkpoint)
+      self._run = self._session.make_callable(
+        (self._output, self._next_state), self._inputs
+      )
+      self._state = self._session.run(agent.initial_state(1))
+    self._action = 0
+
+  def step(self, frame, reward=0.0, done=False, instruction=''):
+    """Chooses an action.
+
+    Args:
+      frame: uint8 [height, width, channels] of any size; resized for the agent.
+      reward: float, for the last action.
+      done: bool, whether the last action ended an episode, so that this is the
+        first frame of another one.
+      instruction: string, what the agent is told to do.
+
+    Returns:
+      `AgentOutput`: int, which of the actions; float32 [num_actions]; float.
+
+    Raises:
+      ValueError: the frame has another number of channels than the agent's.
+    """
+    height, width, channels = self.frame_shape
+    frame = environments.resize(np.asarray(frame), height, width)
+    if frame.shape[2] != channels:
+      raise ValueError(
+        f'Frames must have {channels} channels, but this one has '
+        f'{frame.shape[2]}.'
+      )
+    output, self._state = self._run(
+      [self._action], [reward], [done], [frame], [instruction], *self._state
+    )
+    self._action = int(output.action[0])
+    return AgentOutput(
+      self._action, output.policy_logits[0], float(output.baseline[0])
+    )
+
+  def _build(self, agent):
+    state = tf.nest.map_structure(
+      lambda t: tf.placeholder(t.dtype, t.shape), agent.initial_state(1)
+    )
+    action = tf.placeholder(tf.int32, [1])
+    reward = tf.placeholder(tf.float32, [1])
+    done = tf.placeholder(tf.bool, [1])
+    frame = tf.placeholder(tf.uint8, [1, *self.frame_shape])
+    instruction = tf.placeholder(tf.string, [1])
+    env_output = environments.StepOutput(reward, (), done, (frame, instruction))
+    self._output, self._next_state = agent((action, env_output), state)
+    self._inputs = [action, reward, done, frame, instruction, *state]
 
 
 # --- Main -------------------------------------------------------------------
@@ -2138,7 +2813,14 @@ def _print_returns(returns):
 
 def _check_flags():
   """Completes the flags; raises UserError if they make no sense together."""
+  if FLAGS.checkpoint and FLAGS.mode != 'test':
+    raise UserError(
+      '--checkpoint is for --mode=test: training goes on from the last '
+      'checkpoint in --logdir.'
+    )
   if FLAGS.mode == 'test':
+    if FLAGS.task != -1:
+      raise UserError('--task is for training: a test runs on one machine.')
     return
   if 'TF_CONFIG' in os.environ:
     _take_tf_config(os.environ['TF_CONFIG'])

@@ -407,7 +407,7 @@ def _run_child(server, connection, memory_fd, payload, folder):
   """Turns a fork of the server into an environment's process; never returns."""
   code = 1
   try:
-    _die_with(server)
+    die_with(server)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # A session and process group of its own: a Ctrl-C in the terminal doesn't
@@ -425,7 +425,7 @@ def _run_child(server, connection, memory_fd, payload, folder):
     os._exit(code)
 
 
-def _die_with(parent):
+def die_with(parent):
   """Has the kernel kill this process when its parent ends."""
   _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   if os.getppid() != parent:  # It ended before the call above.

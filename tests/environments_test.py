@@ -316,6 +316,15 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
         process.call('initial')[0],
         lab.frame(level, seeds[0], 0, 5, 7, mixer_seed),
       )
+      length = lab.episode_length(level, seeds[0])
+      steps = [process.call('step', _FORWARD) for _ in range(length)]
+    ends = [i for i, (_, done, _) in enumerate(steps) if done]
+    assert ends[0] == (length - 1) // 4
+    # A test doesn't begin another episode, which may take long.
+    assert (len(ends) == 1) == is_test
+    if is_test:
+      assert not any(reward for reward, _, _ in steps[ends[0] + 1 :])
+      np.testing.assert_array_equal(steps[-1][2][0], steps[ends[0]][2][0])
   with pytest.raises(py_process.ProcessError, match='Hold-out'):
     with _playing(held_out, **size):
       pass
@@ -925,12 +934,35 @@ def test_atari_life_lost_does_not_end_the_episode_in_test():
   actions, steps, game = _play_breakout(True)
   for action, (reward, done, (frame, _)) in zip(actions, steps, strict=True):
     assert game.step(action) == (reward, done)
+    assert game.shows(frame)
     if done:
       break
-    assert game.shows(frame)
   assert game.lives == 0
-  # The next game shows its beginning.
-  np.testing.assert_array_equal(frame[..., 0], frame[..., 3])
+  # Its end is not followed by another game.
+  after = steps[[done for _, done, _ in steps].index(True) + 1 :]
+  assert len(after) > 1
+  for reward, done, (last, _) in after:
+    assert (reward, done) == (0, False)
+    np.testing.assert_array_equal(last, frame)
+
+
+def test_atari_suite_has_all_actions_and_half_an_hour_per_game():
+  level = 'gym:ALE/Pong-v5'
+  assert _spec(level).action_set.tolist() == list(range(6))
+  # Skiing alone doesn't know the actions that fire.
+  for level in ('gym:ALE/Pong-v5', 'gym:ALE/Skiing-v5'):
+    spec = _spec(level, full_action_set=True)
+    assert spec.action_set.tolist() == list(range(18))
+    with _playing(level, full_action_set=True) as process:
+      process.call('initial')
+      for action in spec.action_set:
+        process.call('step', action)
+  env = environments.AtariEnvironment('ALE/Pong-v5', 4, 1, 84, 84)
+  try:
+    ale = env._env.unwrapped.ale
+    assert ale.getInt('max_num_frames_per_episode') == 108_000
+  finally:
+    env.close()
 
 
 # --- ViZDoom ----------------------------------------------------------------

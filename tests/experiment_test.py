@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the agent, the actor's and the learner's graphs, and the flags."""
 
+import os
+
 import numpy as np
 import pytest
 from absl import flags
@@ -493,3 +495,125 @@ def test_suite_is_played_by_all_levels_in_order(mode, monkeypatch):
   assert game.names[0] == f'rooms_collect_good_objects_{suffix}'
   assert game.levels == [f'contributed/dmlab30/{name}' for name in game.names]
   assert game.settings.is_test == (mode == 'test')
+
+
+@pytest.mark.parametrize('mode', ['train', 'test'])
+def test_atari_suite_is_57_games_with_all_actions(mode, monkeypatch):
+  asked = []
+
+  def describe(cls, level, settings):
+    asked.append((level, settings))
+    return environments.EnvironmentSpec([], (84, 84, 4))
+
+  monkeypatch.setattr(
+    environments.AtariEnvironment, 'describe', classmethod(describe)
+  )
+  with flagsaver.flagsaver(level_name='atari57', mode=mode):
+    game = experiment._choose_game()
+  assert len(game.names) == 57
+  assert game.names == game.levels
+  assert {level for level, _ in asked} == set(game.levels)
+  assert all(settings.full_action_set for _, settings in asked)
+  processes = [
+    process._arguments.arguments['level']
+    for process in experiment._create_processes(game, 58, lambda index: index)
+  ]
+  assert processes[:2] == ['ALE/Alien-v5', 'ALE/Amidar-v5']
+  assert processes[57] == 'ALE/Alien-v5'
+  # A game alone has the actions that it makes use of.
+  with flagsaver.flagsaver(level_name='gym:ALE/Pong-v5', mode=mode):
+    experiment._choose_game()
+  assert not asked[-1][1].full_action_set
+
+
+@pytest.mark.parametrize('suite', ['dmlab30', 'atari57'])
+def test_scores_of_a_suite_in_training(suite, monkeypatch, tmp_path):
+  """The score is written whenever all levels were played."""
+  module = experiment.SUITES[suite].module
+  levels = list(module.LEVEL_MAPPING)
+  written = []
+  with flagsaver.flagsaver(level_name=suite), tf.Graph().as_default():
+    metrics = experiment.Metrics(str(tmp_path), levels, None, None)
+    monkeypatch.setattr(metrics, '_write', written.append)
+    for human in (True, False):
+      for level in levels:
+        test_level = module.LEVEL_MAPPING[level]
+        scores = module.HUMAN_SCORES if human else module.RANDOM_SCORES
+        metrics._add_episode(level, scores[test_level], 10)
+      expected = 100 if human else 0
+      for name in experiment.SUITES[suite].aggregates:
+        tag = f'{suite}/training_{name}'
+        assert written[-1][tag] == pytest.approx(expected)
+  assert sum(f'{suite}/training_{name}' in values for values in written) == 2
+
+
+# --- Flagfiles --------------------------------------------------------------
+
+_FLAGFILES = os.path.join(os.path.dirname(experiment.__file__), 'flagfiles')
+_PAPER = {'discounting': 0.99, 'baseline_cost': 0.5, 'num_action_repeats': 4}
+_PAPER_DMLAB = {**_PAPER, 'batch_size': 32, 'unroll_length': 100}
+_PAPER_ATARI = {
+  **_PAPER,
+  'batch_size': 32,
+  'unroll_length': 20,
+  'entropy_cost': 0.01,
+  'learning_rate': 0.0006,
+  'epsilon': 0.01,
+  'max_gradient_norm': 40,
+  'reward_clipping': 'abs_one',
+  'test_num_episodes': 200,
+  'height': 84,
+  'width': 84,
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    (
+      'dmlab_single_level',
+      {**_PAPER_DMLAB, 'level_name': 'explore_goal_locations_small'},
+    ),
+    (
+      'dmlab30',
+      {
+        **_PAPER_DMLAB,
+        'level_name': 'dmlab30',
+        'reward_clipping': 'soft_asymmetric',
+        'total_environment_frames': 10**10,
+      },
+    ),
+    (
+      'atari_expert',
+      {**_PAPER_ATARI, 'total_environment_frames': 200 * 10**6},
+    ),
+    (
+      'atari57_multitask',
+      {
+        **_PAPER_ATARI,
+        'level_name': 'atari57',
+        'total_environment_frames': 57 * 200 * 10**6,
+      },
+    ),
+    ('quick_start', {'level_name': 'gym:VizdoomDefendCenter-v1'}),
+  ],
+)
+def test_flagfile_has_the_papers_settings(name, expected):
+  with flagsaver.flagsaver():
+    FLAGS(['experiment.py', f'--flagfile={os.path.join(_FLAGFILES, name)}'])
+    values = {flag: FLAGS[flag].value for flag in expected}
+    assert values == expected
+    # What comes later on the command line counts.
+    path = os.path.join(_FLAGFILES, name)
+    FLAGS(['experiment.py', f'--flagfile={path}', '--batch_size=7'])
+    assert FLAGS.batch_size == 7
+
+
+def test_every_flagfile_is_tested():
+  assert set(os.listdir(_FLAGFILES)) == {
+    'atari57_multitask',
+    'atari_expert',
+    'dmlab30',
+    'dmlab_single_level',
+    'quick_start',
+  }

@@ -6,6 +6,9 @@ of the episode, a random number and the last action. A step's reward is 10 times
 its number plus the action.
 """
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -45,12 +48,8 @@ class Toy(gym.Env):
 
   def _observation(self, action):
     frame = np.zeros((HEIGHT, WIDTH), np.uint8)
-    frame[0, :4] = (
-      self._num_steps,
-      self._episode % 256,
-      self._random,
-      action % 256,
-    )
+    episode = self._episode % 256
+    frame[0, :4] = self._num_steps, episode, self._random, action % 256
     frame[1:] = np.arange(18).reshape(3, 6) * 10
     return self._arrange(frame)
 
@@ -131,3 +130,42 @@ gym.register('Start-v0', Toy, kwargs={'layout': 'Grey', 'start': -1})
 gym.register('Cut-v0', Toy, kwargs={'layout': 'Grey', 'truncates': True})
 # Gymnasium's own limit.
 gym.register('Limit-v0', Toy, kwargs={'layout': 'Grey'}, max_episode_steps=5)
+
+
+class Lengths(gym.Env):
+  """Has, by chance, episodes of 1 step or of 60: the latter return 100 more.
+
+  Where frames differ, so do the actions; each adds its number to the return.
+  """
+
+  def __init__(self):
+    self.observation_space = _image(HEIGHT, WIDTH)
+    self.action_space = spaces.Discrete(3)
+
+  def reset(self, *, seed=None, options=None):
+    super().reset(seed=seed)
+    self.length = self._left = 60 if self.np_random.random() < 0.5 else 1
+    return self._observation(), {}
+
+  def step(self, action):
+    self._left -= 1
+    ends = self._left == 0
+    bonus = 100 if ends and self.length == 60 else 0
+    return self._observation(), int(action) + bonus, ends, False, {}
+
+  def _observation(self):
+    return self.np_random.integers(256, size=(HEIGHT, WIDTH), dtype=np.uint8)
+
+
+class Dies(Toy):
+  """Kills its process in some of the episodes."""
+
+  def reset(self, *, seed=None, options=None):
+    observation = super().reset(seed=seed)
+    if self._random % 2:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return observation
+
+
+gym.register('Lengths-v0', Lengths)
+gym.register('Dies-v0', Dies, kwargs={'layout': 'Grey'})

@@ -1,7 +1,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the program: real trainings in processes of their own."""
 
+import contextlib
 import glob
+import json
 import os
 import re
 import shutil
@@ -10,8 +12,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+import experiment
 import plot
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -142,14 +146,13 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
     *TOY, f'--logdir={logdir}', '--mode=test', '--test_num_episodes=3'
   )
   assert code == 0, output
-  mean, low, high = map(
-    float,
-    re.search(
-      r'return ([\d.]+) .* 3 episodes\), minimum ([\d.]+), maximum ([\d.]+)',
-      output,
-    ).groups(),
-  )
+  row = re.search(r'^gym:toy_gym:Grey-v0 +3 +(.*)$', output, re.MULTILINE)
+  mean, _, _, low, high, _ = row.group(1).replace('-', '0').split()
+  mean, low, high = float(mean), float(low), float(high)
   assert 550 <= low <= mean <= high <= 570
+  player = experiment.Player(logdir)
+  assert player.frame_shape == (4, 6, 1)
+  assert player.step(np.zeros((4, 6), np.uint8)).action in (0, 1, 2)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -274,6 +277,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--task=1', 'has no --task=1'),
     ('--learner_address=here', 'is no host:port'),
     ('--mode=test', 'no checkpoint'),
+    ('--checkpoint=model.ckpt-1', '--mode=test'),
   ],
 )
 def test_impossible_flag_gets_one_sentence(tmp_path, flag, message):
@@ -363,3 +367,43 @@ def test_agent_learns_to_answer_what_it_sees(tmp_path):
   # Ten answers, +1 or -1 each: chance is -10/3.
   assert returns[:50].mean() < 2
   assert returns[-100:].mean() > 8
+
+
+def read_tests(logdir):
+  """Returns (frames, mean return) of the tests in the background."""
+  tag = 'test/gym:toy_gym:Grey-v0/mean_return'
+  return plot.read_scalars(logdir).get(tag, [])
+
+
+def test_training_tests_in_the_background_and_takes_the_test_along(tmp_path):
+  logdir = str(tmp_path / 'log')
+  program = training(
+    logdir, '--test_interval_frames=100', '--test_num_episodes=3'
+  )
+  try:
+    line = program.wait_for('test after')
+    frames = int(re.search(r'after ([\d,]+)', line).group(1).replace(',', ''))
+    assert frames >= 100
+    with open(
+      f'{logdir}/test/gym_toy_gym_Grey-v0-frames{frames}-seed1.json'
+    ) as file:
+      (row,) = json.load(file)['levels']
+    assert row['episodes'] == 3
+    # Training goes on, and so does the next test; both die with the program.
+    wait_until(lambda: len(read_tests(logdir)) > 0)
+    (step, mean, _), *_ = read_tests(logdir)
+    assert (step, mean) == (frames, pytest.approx(row['mean']))
+    wait_until(lambda: any(map(is_test, descendants(program.process.pid))))
+    below = descendants(program.process.pid)
+  finally:
+    program.process.kill()
+    program.finish()
+  wait_until(lambda: not any(map(alive, below)))
+  assert checkpoint_step(logdir) > frames
+
+
+def is_test(pid):
+  with contextlib.suppress(OSError):
+    with open(f'/proc/{pid}/cmdline') as file:
+      return '--mode=test' in file.read().split('\0')
+  return False

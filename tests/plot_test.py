@@ -1,0 +1,128 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of the learning curves."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import plot
+from experiment import tf
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def write(logdir, points, seed=1, flags=(), start=1000.0):
+  """Writes metrics [(tag, step, value, seconds)], as a training does."""
+  os.makedirs(logdir, exist_ok=True)
+  with open(os.path.join(logdir, 'agent.json'), 'w') as file:
+    json.dump(
+      {'flags': {'seed': seed, 'logdir': str(logdir), **dict(flags)}}, file
+    )
+  with tf.Graph().as_default():
+    writer = tf.summary.FileWriter(str(logdir), filename_suffix=f'.{start}')
+    for tag, step, value, seconds in points:
+      summary = tf.Summary(
+        value=[tf.Summary.Value(tag=tag, simple_value=value)]
+      )
+      writer.add_event(
+        tf.Event(wall_time=start + seconds, step=step, summary=summary)
+      )
+    writer.close()
+
+
+def test_metrics_are_read_with_the_hours_of_training(tmp_path):
+  write(tmp_path, [('a/episode_return', 10, 1.5, 0), ('loss', 20, 3.0, 7200)])
+  # It went on a day later: the pause doesn't count.
+  write(tmp_path, [('a/episode_return', 30, 2.5, 3600)], start=90000.0)
+  scalars = plot.read_scalars(str(tmp_path))
+  frames, values, hours = scalars['a/episode_return'].T
+  assert frames.tolist() == [10, 30]
+  assert values.tolist() == [1.5, 2.5]
+  assert hours == pytest.approx([0, 2])
+  assert scalars['loss'].tolist() == [[20, 3, 2]]
+  assert plot.read_episodes(str(tmp_path))['a'].tolist() == [
+    [10, 1.5],
+    [30, 2.5],
+  ]
+
+
+def test_trainings_that_differ_in_their_seed_are_one_group(tmp_path):
+  logdirs = [str(tmp_path / name) for name in 'abcd']
+  for seed, logdir in enumerate(logdirs):
+    flags = {'torso': 'deep' if logdir.endswith('c') else 'shallow'}
+    write(logdir, [], seed, flags)
+  os.remove(os.path.join(logdirs[3], 'agent.json'))  # Of another version.
+  a, b, c, d = logdirs
+  assert plot.group(logdirs) == [[a, b], [c], [d]]
+
+
+def test_mean_and_range_over_seeds():
+  x = np.arange(0, 101, 10)
+  curves = [(x, 1.0 * x), (x + 20, 3.0 * (x + 20)), (x / 2, 0.5 * x)]
+  grid, mean, low, high = plot.mean_and_range(curves)
+  # From the latest beginning to the earliest end.
+  assert (grid[0], grid[-1]) == (20, 50)
+  np.testing.assert_allclose(mean, 5 * grid / 3)
+  np.testing.assert_allclose(low, grid)
+  np.testing.assert_allclose(high, 3 * grid)
+
+
+def test_running_mean():
+  np.testing.assert_allclose(
+    plot.running_mean(np.array([1.0, 3, 5, 7]), 2), [1, 2, 4, 6]
+  )
+
+
+def test_picture_of_a_suite(tmp_path):
+  """Two seeds, three levels and a score, drawn by the program."""
+  logdirs = [str(tmp_path / name) for name in ('one', 'two')]
+  for seed, logdir in enumerate(logdirs):
+    points = [
+      (f'{level}/episode_return', step, float(step + seed), step)
+      for step in range(0, 100, 10)
+      for level in ('x', 'y', 'gym:ALE/Pong-v5')
+    ]
+    points.append(('atari57/training_median', 50, 12.0, 50))
+    points.append(('test/x/mean_return', 50, 12.0, 50))
+    write(logdir, points, seed)
+  panels = plot.panels_of([plot.read_scalars(logdir) for logdir in logdirs])
+  assert [panel.title for panel in panels] == [
+    'atari57, median',
+    'Pong-v5',
+    'x',
+    'y',
+  ]
+  output = str(tmp_path / 'curve.png')
+  result = subprocess.run(
+    [
+      sys.executable,
+      os.path.join(ROOT, 'plot.py'),
+      *logdirs,
+      '--x=hours',
+      f'--output={output}',
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
+  # TensorFlow tells nothing.
+  assert result.stderr == ''
+  assert result.stdout == f'Learning curve: {output}\n'
+  picture = plt.imread(output)
+  assert min(picture.shape[:2]) > 300
+  assert picture[..., :3].std() > 0.05
+  wrong = subprocess.run(
+    [sys.executable, os.path.join(ROOT, 'plot.py'), str(tmp_path / 'none')],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert wrong.returncode == 1
+  assert wrong.stderr == f'plot.py: no episodes found in {tmp_path / "none"}.\n'

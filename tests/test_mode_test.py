@@ -1,0 +1,355 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of the test mode."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import av
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import environments
+import experiment
+import toy_gym
+from experiment import tf
+
+FLAGS = flags.FLAGS
+if not FLAGS.is_parsed():
+  FLAGS(['test_mode_test'])
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TESTS = os.path.join(ROOT, 'tests')
+FAKE_LAB = os.path.join(TESTS, 'fake_deepmind_lab')
+LENGTHS = 'gym:toy_gym:Lengths-v0'
+
+
+def save_agent(logdir, num_actions=3, frame_shape=(4, 6, 1), step=40):
+  """Saves a shallow agent with random weights; returns the checkpoint."""
+  with tf.Graph().as_default():
+    tf.set_random_seed(5)
+    global_step = tf.train.get_or_create_global_step()
+    agent = experiment.Agent(num_actions, 'shallow')
+    inputs = environments.StepOutput(
+      tf.zeros([1]),
+      (),
+      tf.zeros([1], tf.bool),
+      (tf.zeros([1, *frame_shape], tf.uint8), tf.constant([''])),
+    )
+    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      session.run(global_step.assign(step))
+      return tf.train.Saver().save(
+        session, os.path.join(logdir, 'model.ckpt'), global_step
+      )
+
+
+def flags_of(logdir, level_name=LENGTHS, **kwargs):
+  return {
+    'mode': 'test',
+    'logdir': str(logdir),
+    'level_name': level_name,
+    'height': 4,
+    'width': 6,
+    'num_action_repeats': 1,
+    'torso': 'shallow',
+    'unroll_length': 10,
+    **kwargs,
+  }
+
+
+def play(logdir, **kwargs):
+  """Runs the test mode; returns the content of its JSON file."""
+  with flagsaver.flagsaver(**flags_of(logdir, **kwargs)):
+    # As if given on the command line.
+    FLAGS['height'].present = FLAGS['width'].present = 1
+    experiment.test()
+  return read(logdir)
+
+
+def read(logdir):
+  (path,) = (logdir / 'test').glob('*.json')
+  return json.loads(path.read_text())
+
+
+def num_played(logdir):
+  if not list(logdir.glob('test/*.json')):
+    return 0
+  return sum(map(len, read(logdir)['episodes'].values()))
+
+
+def first_lengths(seeds):
+  """Plays the first episode of each seed, and returns their lengths."""
+  lengths = []
+  for seed in seeds:
+    env = toy_gym.Lengths()
+    env.reset(seed=seed)
+    lengths.append(env.length)
+  return lengths
+
+
+def test_short_episodes_are_not_favoured_and_seeds_decide(tmp_path, capsys):
+  """A test that took the first 12 episodes to end would see short ones."""
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  save_agent(one)
+  save_agent(two)
+  content = play(one, num_actors=6, test_num_episodes=12)
+  episodes = content['episodes'][LENGTHS]
+  assert [episode['number'] for episode in episodes] == list(range(12))
+  with flagsaver.flagsaver(seed=1):
+    game = experiment.Game(None, [LENGTHS], None, None, None, {})
+    seeds = [experiment._test_seeds(game, index)[0] for index in range(12)]
+  lengths = first_lengths(seeds)
+  assert 3 <= lengths.count(60) <= 9
+  assert [episode['frames'] for episode in episodes] == lengths
+  for episode, length in zip(episodes, lengths, strict=True):
+    # The actions of 0 to 2, of some policy.
+    actions = episode['episode_return'] - (100 if length == 60 else 0)
+    assert 0 <= actions <= 2 * length
+  returns = [episode['episode_return'] for episode in episodes]
+  (row,) = content['levels']
+  assert row['mean'] == pytest.approx(np.mean(returns))
+  table = capsys.readouterr().out
+  assert f'{np.mean(returns):.2f}' in table
+  # Their actions, too, don't depend on what is played at the same time.
+  alone = play(two, num_actors=1, test_num_episodes=12, unroll_length=50)
+  assert alone['episodes'] == content['episodes']
+  # More episodes are played on top of these. Another seed has other ones.
+  more = play(two, num_actors=3, test_num_episodes=14)['episodes'][LENGTHS]
+  assert more[:12] == episodes
+  assert len(more) == 14
+
+
+def test_killed_test_goes_on_to_the_same_result(tmp_path):
+  killed, whole = tmp_path / 'killed', tmp_path / 'whole'
+  save_agent(killed)
+  save_agent(whole)
+  arguments = [
+    f'--{name}={value}'
+    for name, value in flags_of(killed, test_num_episodes=300).items()
+  ]
+  program = subprocess.Popen(
+    [sys.executable, os.path.join(ROOT, 'experiment.py'), *arguments],
+    env={**os.environ, 'PYTHONPATH': TESTS},
+    stdout=subprocess.DEVNULL,
+  )
+  try:
+    while num_played(killed) < 5:
+      assert program.poll() is None
+      time.sleep(0.05)
+  finally:
+    program.kill()
+    program.wait()
+  assert num_played(killed) < 300
+  count = num_played(killed) + 10
+  resumed = play(killed, test_num_episodes=count, num_actors=3)
+  assert resumed['is_complete']
+  uninterrupted = play(whole, test_num_episodes=count, num_actors=2)
+  # Of the killed one, episodes beyond the last of these may be there as well.
+  assert resumed['levels'] == uninterrupted['levels']
+  assert (
+    resumed['episodes'][LENGTHS][:count] == uninterrupted['episodes'][LENGTHS]
+  )
+
+
+def test_level_that_keeps_crashing_is_missing(tmp_path, capsys):
+  level = 'gym:toy_gym:Dies-v0'
+  save_agent(tmp_path)
+  with pytest.raises(SystemExit) as error:
+    play(tmp_path, level_name=level, max_environment_restarts=1)
+  assert error.value.code == 1
+  (row,) = read(tmp_path)['levels']
+  assert 'SIGKILL' in row['missing']
+  assert '2 attempts' in row['missing']
+  assert row['missing'] in capsys.readouterr().out
+
+
+def test_suite_with_levels_that_can_not_be_played(tmp_path, capsys):
+  """The stand-in for DeepMind Lab knows some of the levels, and has no data."""
+  deepmind_lab = pytest.importorskip('deepmind_lab')
+  if 'fake' not in deepmind_lab.__file__:
+    pytest.skip('The real DeepMind Lab is installed.')
+  save_agent(tmp_path, num_actions=9, frame_shape=(4, 6, 3))
+  with pytest.raises(SystemExit) as error:
+    play(
+      tmp_path,
+      level_name='dmlab30',
+      test_num_episodes=2,
+      max_environment_restarts=0,
+      level_cache_dir=str(tmp_path / 'maps'),
+      num_action_repeats=4,
+    )
+  assert error.value.code == 1
+  content = read(tmp_path)
+  rows = {row['level']: row for row in content['levels']}
+  assert list(rows) == list(experiment.dmlab30.LEVEL_MAPPING.values())
+  played = {level for level, row in rows.items() if row['episodes'] == 2}
+  # The held-out levels are among them.
+  assert played == {
+    'explore_goal_locations_small',
+    'language_select_located_object',
+    'rooms_collect_good_objects_test',
+    'rooms_exploit_deferred_effects_test',
+  }
+  for level, row in rows.items():
+    if level in played:
+      assert row['missing'] is None
+      assert row['human_normalized'] is not None
+    elif level == 'psychlab_continuous_recognition':
+      assert '--dataset_path' in row['missing']
+    elif level == 'rooms_watermaze':
+      assert 'Level not found' in row['missing']
+    else:
+      assert row['missing']
+  assert content['scores'] == {}
+  table = capsys.readouterr().out
+  assert 'rooms_watermaze (missing)' in table
+  assert 'human-normalised score' not in table
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'checkpoint': '/none/model.ckpt-1'}, '/none/model.ckpt-1 does not exist'),
+    ({'torso': 'deep'}, 'holds the checkpoint of another agent'),
+    ({'level_name': 'gym:toy_gym:Rgb-v0'}, 'checkpoint of another agent'),
+  ],
+)
+def test_impossible_test_gets_one_sentence(tmp_path, kwargs, message):
+  save_agent(tmp_path)
+  with pytest.raises(experiment.UserError, match=message) as error:
+    play(tmp_path, **kwargs)
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'test').exists()
+
+
+def test_chosen_checkpoint_is_tested_and_results_are_told_apart(tmp_path):
+  first = save_agent(tmp_path)
+  save_agent(tmp_path, step=80)
+  content = play(tmp_path, checkpoint=first, test_num_episodes=1)
+  assert content['settings']['frames'] == 40
+  with pytest.raises(experiment.UserError, match='num_action_repeats is 1'):
+    play(tmp_path, checkpoint=first, test_num_episodes=1, num_action_repeats=2)
+
+
+def test_video_shows_the_first_episode_of_a_level(tmp_path):
+  """Its frames are those that the environment shows for the episode's seed."""
+  save_agent(tmp_path)
+  level = 'gym:toy_gym:Grey-v0'
+  videos = tmp_path / 'videos'
+  content = play(
+    tmp_path,
+    level_name=level,
+    test_num_episodes=2,
+    video_dir=str(videos),
+    unroll_length=4,
+  )
+  (path,) = videos.iterdir()
+  assert path.name == 'gym_toy_gym_Grey-v0-frames40-seed1.mp4'
+  with av.open(str(path)) as container:
+    assert container.streams.video[0].codec_context.name == 'h264'
+    frames = [f.to_ndarray(format='rgb24') for f in container.decode(video=0)]
+  # Ten steps, and the last frame for another second.
+  assert len(frames) == 10 + 15
+  # 4x6 pixels, each 56 times as large, above the text.
+  assert frames[0].shape[1] == 336
+  for step, frame in enumerate(frames[:10]):
+    # The first pixel is the number of the step, the second row rises by 10.
+    assert np.mean(frame[10:46, 10:46]) == pytest.approx(step, abs=6)
+    assert np.mean(frame[66:102, 290:326]) == pytest.approx(50, abs=6)
+  assert all(frame[224:].max() > 200 for frame in frames)  # The text.
+  assert np.abs(frames[0][224:].astype(int) - frames[9][224:]).max() > 100
+
+  # What was played is not played again, but for a video that is missing.
+  path.unlink()
+  again = play(
+    tmp_path, level_name=level, test_num_episodes=2, video_dir=str(videos)
+  )
+  assert path.exists()
+  assert again['episodes'] == content['episodes']
+
+
+# --- A trained agent in another program -------------------------------------
+
+
+def save_trained_agent(logdir, num_actions=3, frame_shape=(4, 6, 1)):
+  """Saves an agent as a training does; returns the checkpoint."""
+  checkpoint = save_agent(logdir, num_actions, frame_shape)
+  spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
+  game = experiment.Game(None, None, None, None, spec, {})
+  with flagsaver.flagsaver(logdir=str(logdir), torso='shallow'):
+    experiment._save_description(game)
+  return checkpoint
+
+
+def test_player_does_what_the_agent_does(tmp_path):
+  """Step by step, as the whole sequence that the learner would see."""
+  checkpoint = save_trained_agent(tmp_path)
+  random = np.random.default_rng(7)
+  frames = random.integers(0, 256, (6, 4, 6, 1), np.uint8)
+  rewards = random.normal(size=6).astype(np.float32)
+  dones = np.array([False, False, False, True, False, False])
+  texts = ['', 'go on', 'go on', 'stop', '', '']
+  player = experiment.Player(str(tmp_path), seed=3)
+  assert player.frame_shape == (4, 6, 1)
+  outputs = [
+    player.step(*step)
+    for step in zip(frames, rewards, dones, texts, strict=True)
+  ]
+  actions = [output.action for output in outputs]
+  assert set(actions) <= set(player.action_set) == {0, 1, 2}
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(3, 'shallow')
+    env_outputs = environments.StepOutput(
+      tf.constant(rewards[:, None]),
+      (),
+      tf.constant(dones[:, None]),
+      (tf.constant(frames[:, None]), tf.constant(np.array(texts)[:, None])),
+    )
+    expected, _ = agent.unroll(
+      tf.constant([0, *actions[:-1]])[:, None],
+      env_outputs,
+      agent.initial_state(1),
+    )
+    with tf.Session() as session:
+      tf.train.Saver().restore(session, checkpoint)
+      expected = session.run(expected)
+  for t, output in enumerate(outputs):
+    np.testing.assert_allclose(
+      output.policy_logits, expected.policy_logits[t, 0], atol=1e-5
+    )
+    np.testing.assert_allclose(
+      output.baseline, expected.baseline[t, 0], atol=1e-5
+    )
+  # Larger frames are resized: of whole blocks, to the same.
+  large = np.kron(frames[0, ..., 0], np.ones((5, 5), np.uint8))
+  resized = experiment.Player(checkpoint).step(large, rewards[0], False)
+  np.testing.assert_allclose(
+    resized.policy_logits, outputs[0].policy_logits, atol=1e-5
+  )
+  with pytest.raises(ValueError, match='must have 1 channels'):
+    player.step(np.zeros((4, 6, 3), np.uint8))
+  for path in (str(tmp_path / 'none'), checkpoint + '0', TESTS):
+    with pytest.raises(experiment.UserError, match='no trained agent'):
+      experiment.Player(path)
+
+
+def test_readmes_program_with_a_trained_agent_runs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # ViZDoom leaves a file where it runs.
+  with open(os.path.join(ROOT, 'README.md')) as file:
+    (program,) = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
+  assert "'/tmp/doom'" in program
+  save_trained_agent(tmp_path, 4, (72, 96, 3))
+  names = {}
+  exec(program.replace('/tmp/doom', str(tmp_path)), names)
+  # It played to the end of an episode: 300 tics, 4 to a step, or the monster
+  # was shot, at -1 for a tic and -5 for a shot that missed.
+  assert names['terminated'] or names['truncated']
+  assert -600 <= names['episode_return'] <= 101
