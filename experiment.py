@@ -582,18 +582,9 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
   @dynamic_batching.batch_fn
   def infer(last_action, env_output, agent_state):
     requests = (last_action, env_output), agent_state
-    if not is_reproducible:
-      return agent(*requests)
-    # Products of one row are computed in another way and round differently;
-    # from two rows on, a row's results don't depend on the others.
-    batch_size = tf.shape(last_action)[0]
-    padding = tf.cast(batch_size < 2, tf.int32)
-    results = agent(
-      *tf.nest.map_structure(
-        lambda t: tf.concat([t, t[:padding]], axis=0), requests
-      )
+    return (
+      _infer_padded(agent, requests) if is_reproducible else agent(*requests)
     )
-    return tf.nest.map_structure(lambda t: t[:batch_size], results)
 
   initial_state = _build_initial_state(agent, env)
   state = tf.nest.map_structure(
@@ -608,15 +599,8 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
       *_with_batch((state.agent_output.action, env_output, state.agent_state))
     )
     if is_reproducible:
-      action = tf.random.stateless_categorical(
-        agent_output.policy_logits,
-        1,
-        seed=[noise_seed, state.env_state.episode_step],
-        dtype=tf.int32,
-      )
-      agent_output = agent_output._replace(
-        action=tf.minimum(tf.squeeze(action, 1), agent.num_actions - 1)
-      )
+      seed = [noise_seed, state.env_state.episode_step]
+      agent_output = _redraw_action(agent_output, seed)
     return _without_batch((agent_output, agent_state))
 
   def step(state, _):
@@ -649,6 +633,28 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
     next_state=tf.nest.map_structure(lambda t: t[-1], states),
     inference_statistics=infer.statistics(),
   )
+
+
+def _infer_padded(agent, requests):
+  """Runs the agent so that a row's results don't depend on the other rows.
+
+  Products of one row are computed in another way and round differently; from
+  two rows on, all batches give the same.
+  """
+  batch_size = tf.shape(tf.nest.flatten(requests)[0])[0]
+  padding = tf.cast(batch_size < 2, tf.int32)
+  padded = tf.nest.map_structure(
+    lambda t: tf.concat([t, t[:padding]], axis=0), requests
+  )
+  return tf.nest.map_structure(lambda t: t[:batch_size], agent(*padded))
+
+
+def _redraw_action(agent_output, seed):
+  """Draws the action of an `AgentOutput` of [1, ...] anew, by two seeds."""
+  logits = agent_output.policy_logits
+  action = tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)
+  last = logits.shape[1] - 1  # As in the agent.
+  return agent_output._replace(action=tf.minimum(tf.squeeze(action, 1), last))
 
 
 def _build_initial_state(agent, env):
