@@ -151,7 +151,10 @@ def _start_actors(count):
   for i in range(count % FLAGS.processes):
     shares[i] += 1
   return [
-    subprocess.Popen([sys.executable, *sys.argv, f'--clients={share}'])
+    subprocess.Popen(
+      [sys.executable, *sys.argv, f'--clients={share}'],
+      stdout=subprocess.DEVNULL,
+    )
     for share in shares
     if share
   ]

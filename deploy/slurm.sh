@@ -24,7 +24,7 @@ python=${PYTHON:-.venv/bin/python}
 environments=${ENVIRONMENTS:-4}
 actors_per_node=${ACTORS_PER_NODE:-8}
 actors=$(((SLURM_JOB_NUM_NODES - 1) * actors_per_node))
-learner=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r learner < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Jobs may share a node's ports, and need different ones.
 address=$learner:$((20000 + SLURM_JOB_ID % 20000))
 
