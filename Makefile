@@ -33,7 +33,7 @@ plot: $(INSTALLED)
 	$(PYTHON) plot.py $(LOGDIR)
 
 test: ops lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -361,19 +361,20 @@ def test_each_actor_task_draws_actions_of_its_own():
   assert len(set(seeds)) == 3
 
 
-def test_levels_and_seeds_go_round_over_all_environments(monkeypatch):
+def test_levels_and_seeds_go_round_over_all_environments():
   """Tasks of 2 environments play what one machine with 6 does."""
 
   class Family:
     create = staticmethod(lambda level, seed, settings, spec: (level, seed))
 
-  game = experiment.Game(Family, None, ['a', 'b', 'c', 'd'], None, None)
-  alone = experiment._create_processes(game, 6)
+  game = experiment.Game(Family, None, ['a', 'b', 'c', 'd'], None, None, {})
+  seed_of = experiment._environment_seed
+  alone = experiment._create_processes(game, 6, seed_of)
   assert [level for level, _ in alone] == ['a', 'b', 'c', 'd', 'a', 'b']
   tasks = []
   for task in range(3):
     with flagsaver.flagsaver(
       job_name='actor', task=task, environments_per_actor=2
     ):
-      tasks += experiment._create_processes(game, 2)
+      tasks += experiment._create_processes(game, 2, seed_of)
   assert tasks == alone

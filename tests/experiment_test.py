@@ -533,7 +533,7 @@ def test_scores_of_a_suite_in_training(suite, monkeypatch, tmp_path):
   levels = list(module.LEVEL_MAPPING)
   written = []
   with flagsaver.flagsaver(level_name=suite), tf.Graph().as_default():
-    metrics = experiment.Metrics(str(tmp_path), levels, None, None)
+    metrics = experiment.Metrics(str(tmp_path), levels, None)
     monkeypatch.setattr(metrics, '_write', written.append)
     for human in (True, False):
       for level in levels:
@@ -595,7 +595,7 @@ _PAPER_ATARI = {
         'total_environment_frames': 57 * 200 * 10**6,
       },
     ),
-    ('quick_start', {'level_name': 'gym:VizdoomDefendCenter-v1'}),
+    ('quick_start', {'level_name': 'gym:VizdoomBasic-v1'}),
   ],
 )
 def test_flagfile_has_the_papers_settings(name, expected):
