@@ -11,7 +11,7 @@
 VENV = .venv
 ifeq ($(origin PYTHON), undefined)
 PYTHON = $(VENV)/bin/python
-INSTALLED = $(VENV)/installed
+INSTALLED = $(VENV)/installed$(if $(GPU),-gpu)
 endif
 
 REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
@@ -50,7 +50,7 @@ ops: $(OPS)
 	  print(' '.join(flags).replace('-I', '-isystem '))" 2>/dev/null)
 	mv $@.tmp $@
 
-$(VENV)/installed: requirements.txt requirements-dev.txt requirements-gpu.txt
+$(VENV)/installed $(VENV)/installed-gpu: requirements.txt requirements-dev.txt requirements-gpu.txt
 	@python3 -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(None if (3, 10) <= v <= (3, 13) else \
 	  "Python 3.10 to 3.13 is needed, python3 is %d.%d." % v)'

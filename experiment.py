@@ -152,7 +152,13 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   'unroll_length', 100, 'Agent steps per unroll.', lower_bound=1
 )
-flags.DEFINE_integer('seed', 1, 'Seed of networks, actions and environments.')
+flags.DEFINE_integer(
+  'seed',
+  1,
+  'Seed of networks, actions and environments.',
+  lower_bound=0,
+  upper_bound=2**31 - 1,
+)
 flags.DEFINE_integer(
   'save_checkpoint_secs', 600, 'Seconds between checkpoints.', lower_bound=1
 )
@@ -1173,9 +1179,16 @@ class Metrics:
 
     Returns:
       The same for people, a line.
+
+    Raises:
+      ValueError: the test isn't complete.
     """
     with open(path) as file:
       content = json.load(file)
+    for row in content['levels']:
+      # Those that ended first are not a sample of all.
+      if not row['missing'] and row['episodes'] < content['num_episodes']:
+        raise ValueError(f'{path} is not complete.')
     suite = FLAGS.level_name
     scores = {f'{suite}/{name}': s for name, s in content['scores'].items()}
     levels = {
@@ -1402,7 +1415,14 @@ def _check_checkpoint(checkpoint, place):
   """Raises UserError if a checkpoint, which may be None, is another agent's."""
   if checkpoint is None:
     return
-  theirs = dict(tf.train.list_variables(checkpoint))
+  try:
+    theirs = dict(tf.train.list_variables(checkpoint))
+  except (tf.errors.OpError, ValueError) as error:
+    raise UserError(
+      f'The checkpoint {checkpoint} can not be read '
+      f'({str(error).splitlines()[0].rstrip(".")}): give another --logdir, or '
+      'name an older one in its file "checkpoint".'
+    ) from None
   for variable in tf.global_variables():
     name, ours = variable.op.name, variable.shape.as_list()
     if theirs.get(name) != ours:
@@ -1471,6 +1491,9 @@ def train():
         config=config,
         hooks=[actors, tests] if FLAGS.test_interval_frames else [actors],
       ) as session:
+        metrics.global_step = int(
+          actors.session.run(tf.train.get_global_step())
+        )
         learner = LearnerLoop(session, update, metrics, actors.coord)
         learner.start()
         _watch(actors, metrics, stop_signals, tests)
@@ -1522,10 +1545,11 @@ class LearnerLoop(threading.Thread):
     try:
       # The hooks that save checkpoints need it, and each thread has its own.
       with self._session.graph.as_default():
-        while not self._coord.should_stop():
+        while (
+          not self._coord.should_stop()
+          and self._metrics.global_step < FLAGS.total_environment_frames
+        ):
           self._metrics.add(self._session.run(self._update))
-          if self._metrics.global_step >= FLAGS.total_environment_frames:
-            break
     except Exception as error:
       # The end of the queue, or of the session, isn't the learner's error.
       if not self._coord.should_stop():
@@ -1536,7 +1560,6 @@ class LearnerLoop(threading.Thread):
 
 def _watch(actors, metrics, stop_signals, tests):
   """Shows the progress until the training stops, or a signal comes."""
-  metrics.global_step = int(actors.session.run(tf.train.get_global_step()))
   console = Console(metrics.global_step)
   next_report = time.monotonic() + _REPORT_SECONDS
   # Short waits, since a signal is handled between two of them.
@@ -1664,14 +1687,14 @@ class Board:
     """
     with tf.device('/cpu:0'):
       beat = tf.concat([[tf.timestamp()], values], 0)
-      op = tf.group(
-        tf.raw_ops.LookupTableInsertV2(
-          table_handle=self._addresses, keys=[task], values=[address]
-        ),
-        tf.raw_ops.LookupTableInsertV2(
-          table_handle=self._beats, keys=[task], values=[beat]
-        ),
+      # First its address: who is known by a beat has one.
+      named = tf.raw_ops.LookupTableInsertV2(
+        table_handle=self._addresses, keys=[task], values=[address]
       )
+      with tf.control_dependencies([named]):
+        op = tf.raw_ops.LookupTableInsertV2(
+          table_handle=self._beats, keys=[task], values=[beat]
+        )
     return op, self._done.read_value()
 
   def leave(self, task):
@@ -1683,10 +1706,10 @@ class Board:
     tasks, beats = tf.raw_ops.LookupTableExportV2(
       table_handle=self._beats, Tkeys=tf.int64, Tvalues=tf.float64
     )
-    addresses = tf.raw_ops.LookupTableExportV2(
-      table_handle=self._addresses, Tkeys=tf.int64, Tvalues=tf.string
-    )
     with tf.control_dependencies([beats]):
+      addresses = tf.raw_ops.LookupTableExportV2(
+        table_handle=self._addresses, Tkeys=tf.int64, Tvalues=tf.string
+      )
       now = tf.timestamp()
     return now, tasks, beats, tuple(addresses)
 
@@ -2035,6 +2058,8 @@ class Learner:
       # Else another thread did it already.
       if session is self._session:
         _close(session)
+        # A learner that fails is still there for a moment.
+        time.sleep(0.5)
         self._connect()
 
   def _connect(self):
@@ -2673,6 +2698,10 @@ class BackgroundTests(tf.train.SessionRunHook):
     if self._process is None or self._process.poll() is None:
       return
     try:
+      # With 1, some levels are missing. Anything else: no test, and a file may
+      # be there from before.
+      if self._process.returncode not in (0, 1):
+        raise ValueError('The test ended early.')
       frames = int(self._checkpoint.rpartition('-')[2])
       line = self._metrics.add_test(_results_path(frames) + '.json')
     except (OSError, ValueError):
@@ -2714,12 +2743,18 @@ class BackgroundTests(tf.train.SessionRunHook):
           *arguments,
           '--mode=test',
           f'--checkpoint={self._checkpoint}',
+          # On many machines --num_actors is no number of this one's.
+          f'--num_actors={min(FLAGS.num_actors, os.cpu_count() or 1)}',
         ],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         start_new_session=True,  # A Ctrl-C is for the training.
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        env={
+          **os.environ,
+          'PYTHONPATH': os.pathsep.join(sys.path),
+          'CUDA_VISIBLE_DEVICES': '-1',  # The training has taken it all.
+        },
       )
 
 
@@ -2846,7 +2881,8 @@ def _check_flags():
     FLAGS.actor_address = f'localhost:{8001 + FLAGS.task}'
   for name in ('learner_address', 'actor_address'):
     address = FLAGS[name].value
-    if not re.fullmatch(r'\S+:[0-9]{1,5}', address):
+    match = re.fullmatch(r'[^\s\[\]]+:([0-9]{1,5})', str(address))
+    if not match or int(match[1]) > 65535:
       raise UserError(f'--{name}={address} is no host:port.')
 
 
@@ -2894,6 +2930,8 @@ def main(_):
     _check_flags()
     run = act if FLAGS.job_name == 'actor' else train
     {'train': run, 'test': test}[FLAGS.mode]()
+  except KeyboardInterrupt:  # Before anything was started.
+    sys.exit(128 + signal.SIGINT)
   except UserError as error:
     _exit(error, 2)
   except py_process.ProcessError as error:

@@ -37,6 +37,8 @@ _STYLES = ('-', '--', '-.', ':')
 
 # The flags in which trainings may differ that are drawn as one.
 _UNIMPORTANT_FLAGS = {
+  'actor_address',
+  'learner_address',
   'seed',
   'logdir',
   'checkpoint',

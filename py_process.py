@@ -694,12 +694,13 @@ class PyProcess:
     Returns:
       The exit code; -N if signal N killed it.
     """
-    if self._status is None or not _is_readable(self._status, timeout):
+    status = self._status
+    if status is None or not _is_readable(status, timeout):
       return self._exit_code
     with self._status_lock:
       if self._exit_code is None:
         # No report at all: the fork server died, and took its children along.
-        word = os.read(self._status, 8) or _word(-signal.SIGKILL)
+        word = os.read(status, 8) or _word(-signal.SIGKILL)
         (self._exit_code,) = _WORD.unpack(word)
     return self._exit_code
 
@@ -763,14 +764,20 @@ class PyProcess:
   def _hang_up(self):
     if _library() is not None:
       _library().close_channel(self._number)
-    self._channel.hang_up()
+    channel = self._channel
+    if channel is not None:
+      channel.hang_up()
 
   def _release(self):
     with self._lock:
+      # Two threads may close a process at once: one that restarts it, and one
+      # that ends the program.
+      if self._channel is None:
+        return
       self._channel.close()
       os.close(self._status)
       self._channel = self._status = None
-    del _open[self._number]
+      del _open[self._number]
 
 
 def start_all(processes):

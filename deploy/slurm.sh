@@ -3,7 +3,7 @@
 # others. Flags of experiment.py follow the script:
 #
 #   sbatch deploy/slurm.sh --level_name=dmlab30 --batch_size=32 \
-#     --logdir=/shared/dmlab30
+#     --logdir=/shared/dmlab30 --dataset_path=/shared/data
 #
 # Submitted again, it goes on from the last checkpoint in --logdir. PYTHON is the
 # interpreter with the requirements installed, ACTORS_PER_NODE the actor tasks of

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the agent, the actor's and the learner's graphs, and the flags."""
 
+import json
 import os
 
 import numpy as np
@@ -545,6 +546,35 @@ def test_scores_of_a_suite_in_training(suite, monkeypatch, tmp_path):
         tag = f'{suite}/training_{name}'
         assert written[-1][tag] == pytest.approx(expected)
   assert sum(f'{suite}/training_{name}' in values for values in written) == 2
+
+
+def test_results_of_some_episodes_are_not_logged(tmp_path):
+  row = {
+    'level': 'a',
+    'episodes': 1,
+    'mean': 2.0,
+    'human_normalized': None,
+    'missing': '',
+  }
+  path = tmp_path / 'test.json'
+  with tf.Graph().as_default():
+    metrics = experiment.Metrics(str(tmp_path), ['a'], None)
+  for num_episodes in (1, 2):
+    path.write_text(
+      json.dumps(
+        {
+          'settings': {'frames': 10},
+          'num_episodes': num_episodes,
+          'scores': {},
+          'levels': [row],
+        }
+      )
+    )
+    if num_episodes == 1:
+      assert 'a/mean_return 2.00' in metrics.add_test(path)
+    else:
+      with pytest.raises(ValueError, match='not complete'):
+        metrics.add_test(path)
 
 
 # --- Flagfiles --------------------------------------------------------------

@@ -569,6 +569,18 @@ def test_timed_out_call_leaves_no_stale_answer():
     assert session.run(nap, {seconds: 0, answer: 9}) == 9
 
 
+def test_two_threads_may_close_a_process():
+  """One that restarts it, and one that ends the program."""
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    for _ in range(5):
+      with tf.Graph().as_default():
+        process = py_process.PyProcess(Counter)
+      process.start()
+      for closing in [pool.submit(process.close) for _ in range(2)]:
+        closing.result(_PATIENCE)
+      assert process.exit_code() == 0
+
+
 @needs_op
 @pytest.mark.parametrize('closes', ['session', 'process'])
 def test_closing_wakes_callers(closes, pool):

@@ -168,7 +168,7 @@ def test_signal_saves_a_checkpoint_and_leaves_nothing(tmp_path, number):
   saved = checkpoint_step(logdir)
   assert saved >= before
   wait_until(lambda: not any(map(alive, below)))
-  # It goes on exactly there: 20 frames are one update.
+  # It goes on exactly there: 20 frames are two updates.
   frames = saved + 20
   code, output = run(
     *TOY, f'--logdir={logdir}', f'--total_environment_frames={frames}'
@@ -276,6 +276,8 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--job_name=actor', 'needs a --task'),
     ('--task=1', 'has no --task=1'),
     ('--learner_address=here', 'is no host:port'),
+    ('--learner_address=here:70000', 'is no host:port'),
+    ('--seed=-1', 'seed'),
     ('--mode=test', 'no checkpoint'),
     ('--checkpoint=model.ckpt-1', '--mode=test'),
   ],
