@@ -989,13 +989,8 @@ class ActorLoops(tf.train.SessionRunHook):
 
   def after_create_session(self, session, coord):
     self.session, self.coord = session, coord
-    start = session.make_callable(
-      tf.nest.flatten(self._actor.initial_state), [self._index]
-    )
-    unroll = session.make_callable(
-      [self._fetches, tf.nest.flatten(self._actor.next_state)],
-      [self._index, *tf.nest.flatten(self._actor.state)],
-    )
+    start = _make_start(session, self._actor, self._index)
+    unroll = _make_unroll(session, self._actor, self._index, self._fetches)
     for actor in range(len(self.processes)):
       thread = threading.Thread(
         target=self._run, args=(actor, start, unroll), daemon=True
@@ -1045,6 +1040,25 @@ class ActorLoops(tf.train.SessionRunHook):
     process.restart(seed=_environment_seed(actor, self._restarts[actor]))
 
 
+def _make_start(session, actor, index):
+  """Returns a function of an actor's index that starts its environment.
+
+  It returns the flat state to begin with.
+  """
+  return session.make_callable(tf.nest.flatten(actor.initial_state), [index])
+
+
+def _make_unroll(session, actor, index, fetches):
+  """Returns a function of an actor's index and flat state that plays an unroll.
+
+  It returns the values of `fetches` and the next flat state.
+  """
+  return session.make_callable(
+    [fetches, tf.nest.flatten(actor.next_state)],
+    [index, *tf.nest.flatten(actor.state)],
+  )
+
+
 def _describe_exit(exit_code):
   if exit_code >= 0:
     return f'exit code {exit_code}'
@@ -1054,7 +1068,7 @@ def _describe_exit(exit_code):
 def _environment_seed(actor, restart=0):
   """Returns a seed, int32, that differs between actors, restarts and runs."""
   number = _first_environment() + actor
-  return _seed(FLAGS.seed, number, restart)
+  return _seeds(1, FLAGS.seed, number, restart)[0]
 
 
 def _first_environment():
@@ -1062,9 +1076,10 @@ def _first_environment():
   return max(FLAGS.task, 0) * FLAGS.environments_per_actor
 
 
-def _seed(*numbers):
-  """Returns a seed, int32, that depends on all `numbers`."""
-  return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
+def _seeds(count, *numbers):
+  """Returns a list of seeds, int32, that depend on all `numbers`."""
+  sequence = np.random.SeedSequence(numbers)
+  return [int(seed >> 1) for seed in sequence.generate_state(count)]
 
 
 # --- Metrics ----------------------------------------------------------------
@@ -1377,7 +1392,7 @@ def _new_graph():
     # Actor tasks draw actions each in their own way.
     is_actor = FLAGS.mode == 'train' and FLAGS.job_name == 'actor'
     tf.set_random_seed(
-      _seed(FLAGS.seed, FLAGS.task) if is_actor else FLAGS.seed
+      _seeds(1, FLAGS.seed, FLAGS.task)[0] if is_actor else FLAGS.seed
     )
     tf.train.get_or_create_global_step()
     yield
@@ -1411,18 +1426,27 @@ def _session_config(num_actors):
   return config
 
 
-def _check_checkpoint(checkpoint, place):
-  """Raises UserError if a checkpoint, which may be None, is another agent's."""
-  if checkpoint is None:
-    return
+def _read_checkpoint(checkpoint):
+  """Returns the shapes of its variables by name, and its environment frames.
+
+  Raises:
+    UserError: it can't be read.
+  """
   try:
-    theirs = dict(tf.train.list_variables(checkpoint))
-  except (tf.errors.OpError, ValueError) as error:
+    reader = tf.train.load_checkpoint(checkpoint)
+    frames = int(reader.get_tensor('global_step'))
+  # An IndexError: a file ends too soon.
+  except (tf.errors.OpError, ValueError, IndexError) as error:
     raise UserError(
       f'The checkpoint {checkpoint} can not be read '
       f'({str(error).splitlines()[0].rstrip(".")}): give another --logdir, or '
-      'name an older one in its file "checkpoint".'
+      'name an older one in its file "checkpoint" or, to test, by --checkpoint.'
     ) from None
+  return reader.get_variable_to_shape_map(), frames
+
+
+def _check_agent(theirs, place):
+  """Raises UserError if the variables' shapes are those of another agent."""
   for variable in tf.global_variables():
     name, ours = variable.op.name, variable.shape.as_list()
     if theirs.get(name) != ours:
@@ -1432,10 +1456,6 @@ def _check_checkpoint(checkpoint, place):
         '--logdir, or the --level_name, --torso, --height and --width that it '
         'was trained with.'
       )
-
-
-def _make_logdir():
-  _make_folder('logdir', FLAGS.logdir)
 
 
 def _make_folder(flag, path):
@@ -1472,8 +1492,10 @@ def train():
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
     prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
     actors, update, queue = prepare(game, agent)
-    _check_checkpoint(tf.train.latest_checkpoint(FLAGS.logdir), FLAGS.logdir)
-    _make_logdir()
+    checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
+    if checkpoint:
+      _check_agent(_read_checkpoint(checkpoint)[0], FLAGS.logdir)
+    _make_folder('logdir', FLAGS.logdir)
     _save_description(game)
     metrics = Metrics(FLAGS.logdir, game.names, actors)
     tests = BackgroundTests(metrics)
@@ -2258,6 +2280,7 @@ def test():
   Exits with code 1 if not all of them could be played.
   """
   checkpoint = _find_checkpoint()
+  shapes, frames = _read_checkpoint(checkpoint)
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
     agent = Agent(len(game.spec.action_set), FLAGS.torso)
@@ -2268,8 +2291,8 @@ def test():
     actor, index = _build_actor_for(
       game, agent, processes, [noise_seed for _, noise_seed in seeds]
     )
-    _check_checkpoint(checkpoint, FLAGS.checkpoint or FLAGS.logdir)
-    results = _open_results(game, checkpoint)
+    _check_agent(shapes, FLAGS.checkpoint or FLAGS.logdir)
+    results = _open_results(game, checkpoint, frames)
     if FLAGS.video_dir:
       _make_folder('video_dir', FLAGS.video_dir)
     loops = TestLoops(actor, index, processes, game, results)
@@ -2308,13 +2331,6 @@ def _find_checkpoint():
       f'The checkpoint {checkpoint} does not exist: give its path without an '
       'extension, e.g. --checkpoint=/tmp/agent/model.ckpt-1000.'
     )
-  try:
-    tf.train.load_variable(checkpoint, 'global_step')
-  except (tf.errors.OpError, ValueError) as error:
-    raise UserError(
-      f'The checkpoint {checkpoint} can not be read: '
-      f'{str(error).splitlines()[0]}'
-    ) from None
   return checkpoint
 
 
@@ -2325,15 +2341,11 @@ def _test_seeds(game, index):
   """
   name = game.names[index % len(game.names)]
   number = index // len(game.names)
-  sequence = np.random.SeedSequence(
-    [FLAGS.seed, zlib.crc32(name.encode()), number]
-  )
-  return [int(seed >> 1) for seed in sequence.generate_state(2)]
+  return _seeds(2, FLAGS.seed, zlib.crc32(name.encode()), number)
 
 
-def _open_results(game, checkpoint):
+def _open_results(game, checkpoint, frames):
   """Returns the `evaluation.Results` of what the flags ask for."""
-  frames = int(tf.train.load_variable(checkpoint, 'global_step'))
   _make_folder('logdir', os.path.dirname(_results_path(frames)))
   # The index holds the checksums of all variables.
   with open(checkpoint + '.index', 'rb') as file:
@@ -2452,27 +2464,24 @@ class TestLoops(tf.train.SessionRunHook):
     self.coord = coord
     env_outputs = self._actor.output.env_outputs
     agent_outputs = self._actor.output.agent_outputs
-    self._start = session.make_callable(
-      tf.nest.flatten(self._actor.initial_state), [self._index]
+    self._start = _make_start(session, self._actor, self._index)
+    self._unroll = _make_unroll(
+      session,
+      self._actor,
+      self._index,
+      TestUnroll(env_outputs.done, env_outputs.info, [], [], []),
     )
-
-    def make_unroll(fetches):
-      return session.make_callable(
-        [fetches, tf.nest.flatten(self._actor.next_state)],
-        [self._index, *tf.nest.flatten(self._actor.state)],
-      )
-
-    self._unroll = make_unroll(
-      TestUnroll(env_outputs.done, env_outputs.info, [], [], [])
-    )
-    self._unroll_for_video = make_unroll(
+    self._unroll_for_video = _make_unroll(
+      session,
+      self._actor,
+      self._index,
       TestUnroll(
         env_outputs.done,
         env_outputs.info,
         env_outputs.observation[0],
         agent_outputs.action,
         agent_outputs.baseline,
-      )
+      ),
     )
     for _ in range(self.num_workers):
       thread = threading.Thread(target=self._run, daemon=True)
@@ -2488,7 +2497,8 @@ class TestLoops(tf.train.SessionRunHook):
     self.coord.request_stop()
     while self.is_running():
       with self._lock:
-        py_process.close_all(self._running)
+        running = list(self._running)
+      py_process.close_all(running)
       time.sleep(0.1)
 
   def _identify(self, episode):
@@ -2545,7 +2555,8 @@ class TestLoops(tf.train.SessionRunHook):
     finally:
       with self._lock:
         self._running.discard(process)
-        process.close()
+      # Which may take a while: others needn't wait for it.
+      process.close()
 
   def _play(self, episode):
     """Returns the `StepOutputInfo` of the episode's end."""

@@ -95,15 +95,6 @@ def _read_events(path):
         yield event
 
 
-def read_episodes(logdir):
-  """Returns, by level, an array [episodes, 2] of frames and return."""
-  return {
-    tag.removesuffix('/episode_return'): points[:, :2]
-    for tag, points in read_scalars(logdir).items()
-    if tag.endswith('/episode_return')
-  }
-
-
 def group(logdirs):
   """Sorts log directories by their settings.
 

@@ -548,6 +548,26 @@ def test_scores_of_a_suite_in_training(suite, monkeypatch, tmp_path):
   assert sum(f'{suite}/training_{name}' in values for values in written) == 2
 
 
+@pytest.mark.parametrize('damaged', [None, '.index', '.data-00000-of-00001'])
+def test_checkpoint_that_is_damaged_is_told(damaged, tmp_path):
+  path = str(tmp_path / 'model.ckpt-7')
+  with tf.Graph().as_default(), tf.Session() as session:
+    tf.get_variable('weight', [3, 2])
+    step = tf.train.get_or_create_global_step()
+    session.run([tf.global_variables_initializer(), step.initializer])
+    session.run(step.assign(7))
+    tf.train.Saver().save(session, path, write_meta_graph=False)
+  if damaged:
+    with open(path + damaged, 'r+b') as file:
+      file.truncate(5)
+    with pytest.raises(experiment.UserError, match='can not be read'):
+      experiment._read_checkpoint(path)
+  else:
+    shapes, frames = experiment._read_checkpoint(path)
+    assert frames == 7
+    assert shapes['weight'] == [3, 2]
+
+
 def test_results_of_some_episodes_are_not_logged(tmp_path):
   row = {
     'level': 'a',

@@ -45,10 +45,6 @@ def test_metrics_are_read_with_the_hours_of_training(tmp_path):
   assert values.tolist() == [1.5, 2.5]
   assert hours == pytest.approx([0, 2])
   assert scalars['loss'].tolist() == [[20, 3, 2]]
-  assert plot.read_episodes(str(tmp_path))['a'].tolist() == [
-    [10, 1.5],
-    [30, 2.5],
-  ]
 
 
 def test_trainings_that_differ_in_their_seed_are_one_group(tmp_path):

@@ -137,7 +137,7 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
   )
   assert code == 0, output
   assert checkpoint_step(logdir) == 400
-  episodes = plot.read_episodes(logdir)['gym:toy_gym:Grey-v0']
+  episodes = plot.read_scalars(logdir)['gym:toy_gym:Grey-v0/episode_return']
   # Every episode of the toy has 10 steps; each step's reward is 10 times its
   # number plus the action of 0 to 2.
   assert len(episodes) >= 30
@@ -365,7 +365,7 @@ def test_agent_learns_to_answer_what_it_sees(tmp_path):
     '--total_environment_frames=30000',
   )
   assert code == 0, output
-  returns = plot.read_episodes(logdir)[level][:, 1]
+  returns = plot.read_scalars(logdir)[f'{level}/episode_return'][:, 1]
   # Ten answers, +1 or -1 each: chance is -10/3.
   assert returns[:50].mean() < 2
   assert returns[-100:].mean() > 8
