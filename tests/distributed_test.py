@@ -81,6 +81,36 @@ class Tasks:
     wait_until(lambda: (checkpoint_step(self.logdir) or 0) > step)
 
 
+def test_steps_refused_by_mistake_are_repeated():
+  errors = []
+
+  def run(options, feed_dict, fetches, targets, metadata):
+    if errors:
+      raise errors.pop()
+    return real(options, feed_dict, fetches, targets, metadata)
+
+  def refusal(request):
+    # As TensorFlow's, with the content of an unroll of 100 frames.
+    return tf.errors.AbortedError(
+      None, None, f'{request} request was received twice. ' + '{' * 6_000_000
+    )
+
+  with tf.Graph().as_default(), tf.Session() as session:
+    x = tf.placeholder(tf.float32, [])
+    real, session._call_tf_sessionrun = session._call_tf_sessionrun, run
+    experiment._repeat_refused(session)
+    negative = session.make_callable(-tf.constant(2.0))
+    errors += 2 * [refusal('The same RunGraph (Worker)')]
+    assert session.run(2 * x, {x: 3}) == 6
+    errors += 2 * [refusal('The same RunGraph (Worker)')]
+    assert negative() == -2
+    # Others are not, and are told without what was fed.
+    errors += [refusal('The same RunStep (Master)')]
+    with pytest.raises(tf.errors.AbortedError, match='received') as caught:
+      session.run(2 * x, {x: 3})
+    assert len(caught.value.message) < 5000
+
+
 def test_tasks_train_to_the_last_frame_and_end(tmp_path):
   with Tasks(tmp_path) as tasks:
     # Actors may come first.
