@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Imports TensorFlow without what it tells of itself."""
+"""Imports TensorFlow without what it tells of itself, and without Keras."""
 
 import contextlib
 import os
@@ -9,7 +9,30 @@ import sys
 
 @contextlib.contextmanager
 def start():
-  """Drops what TensorFlow tells while it starts, unless run with -v=1."""
+  """To import TensorFlow in; drops what it tells, unless run with -v=1."""
+  with _without_keras(), _without_messages():
+    yield
+
+
+@contextlib.contextmanager
+def _without_keras():
+  """Keeps TensorFlow from importing Keras, which takes a second and 60 MB.
+
+  Later, Keras can be imported as usual.
+  """
+  if 'keras' in sys.modules:
+    yield
+    return
+  # TensorFlow takes this for "not installed".
+  sys.modules['keras._tf_keras'] = None
+  try:
+    yield
+  finally:
+    del sys.modules['keras._tf_keras']
+
+
+@contextlib.contextmanager
+def _without_messages():
   # Flags are parsed later than this is needed.
   if any(re.fullmatch(r'--?(v|verbosity)=[1-9]', arg) for arg in sys.argv):
     yield
