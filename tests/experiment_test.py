@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 import environments
 import experiment
 import py_process
+import vtrace
 from experiment import tf
 
 FLAGS = flags.FLAGS
@@ -265,6 +266,138 @@ def value_loss_with_fixed_targets(target, behaviour, env, discounting, shift):
       )
       total += 0.5 * (vs - baseline[t, b] - shift) ** 2
   return total
+
+
+@flagsaver.flagsaver(
+  batch_size=3,
+  unroll_length=5,
+  entropy_cost=0.1,
+  learning_rate=0.5,
+  # The mean square stays 1, so that a step is a fixed share of the gradient.
+  decay=1.0,
+  epsilon=0.0,
+)
+def test_gradients_equal_those_of_a_plain_graph(learner_batch):
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    tf.set_random_seed(1)  # The same weights in each session.
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'deep')
+    learner = experiment.build_learner(
+      agent, agent.initial_state(3), constants(env), constants(behaviour)
+    )
+    plain_loss = loss_of_single_steps(agent, env, behaviour)
+    variables = agent.trainable_variables
+    gradients = [
+      tf.convert_to_tensor(g) for g in tf.gradients(plain_loss, variables)
+    ]
+    initialize = tf.global_variables_initializer()
+    config = tf.ConfigProto()
+    config.graph_options.rewrite_options.disable_meta_optimizer = True
+    with tf.Session(config=config) as session:
+      session.run(initialize)
+      expected_loss, expected = session.run([plain_loss, gradients])
+    with tf.Session() as session:
+      session.run(initialize)
+      before = session.run(variables)
+      loss = session.run(learner).total_loss
+      after = session.run(variables)
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
+  for old, new, gradient in zip(before, after, expected, strict=True):
+    np.testing.assert_allclose(
+      (old - new) / 0.5, gradient, rtol=1e-2, atol=1e-4 * np.abs(gradient).max()
+    )
+
+
+def loss_of_single_steps(agent, env, behaviour):
+  """Section 4.2 of the paper: the agent step by step, all of them alike."""
+  outputs, state = [], agent.initial_state(3)
+  for t in range(6):
+    actions, inputs = constants(
+      tf.nest.map_structure(lambda x, t=t: x[t], (behaviour.action, env))
+    )
+    output, state = agent((actions, inputs), state)
+    outputs.append(output)
+  logits = tf.stack([o.policy_logits for o in outputs[:-1]])
+  baseline = tf.stack([o.baseline for o in outputs[:-1]])
+  actions = behaviour.action[1:]
+  targets = vtrace.from_logits(
+    behaviour.policy_logits[1:],
+    logits,
+    actions,
+    np.where(env.done[1:], 0, FLAGS.discounting).astype(np.float32),
+    np.clip(env.reward[1:], -1, 1),
+    baseline,
+    outputs[-1].baseline,
+  )
+  log_policy = tf.math.log_softmax(logits)
+  log_probs = tf.reduce_sum(log_policy * tf.one_hot(actions, NUM_ACTIONS), -1)
+  return (
+    -tf.reduce_sum(log_probs * targets.pg_advantages)
+    + FLAGS.baseline_cost * tf.reduce_sum((targets.vs - baseline) ** 2) / 2
+    + FLAGS.entropy_cost * tf.reduce_sum(tf.exp(log_policy) * log_policy)
+  )
+
+
+@pytest.mark.skipif(
+  not experiment._has_bfloat16(), reason='needs a processor with bfloat16'
+)
+@flagsaver.flagsaver(batch_size=3, unroll_length=5)
+def test_convolutions_alone_are_bfloat16(learner_batch):
+  env, behaviour = learner_batch
+  outputs, graphs = {}, {}
+  for precision in ('float32', 'bfloat16'):
+    with (
+      tf.Graph().as_default(),
+      flagsaver.flagsaver(precision=precision),
+    ):
+      tf.set_random_seed(1)
+      tf.train.get_or_create_global_step()
+      agent = experiment.Agent(NUM_ACTIONS, 'deep')
+      learner = experiment.build_learner(
+        agent, agent.initial_state(3), constants(env), constants(behaviour)
+      )
+      metadata = tf.RunMetadata()
+      with tf.Session(config=experiment._session_config(1)) as session:
+        session.run(tf.global_variables_initializer())
+        outputs[precision] = session.run(
+          learner,
+          options=tf.RunOptions(output_partition_graphs=True),
+          run_metadata=metadata,
+        )
+      graphs[precision] = metadata.partition_graphs
+  bfloat16_ops = {
+    node.op
+    for graph in graphs['bfloat16']
+    for node in graph.node
+    if node.attr['T'].type == tf.bfloat16
+  }
+  assert any('Conv2D' in op for op in bfloat16_ops)
+  # What is between two convolutions follows; nothing else does.
+  rest = {op for op in bfloat16_ops if 'Conv2D' not in op}
+  assert rest <= {
+    *('Relu', 'ReluGrad', 'AddV2', 'AddN', 'Reshape'),
+    *('_MklNativeMaxPool', '_MklNativeMaxPoolGrad'),
+  }
+  assert not any(
+    node.attr['T'].type == tf.bfloat16
+    for graph in graphs['float32']
+    for node in graph.node
+  )
+  for name in ('total_loss', 'entropy', 'gradient_norm'):
+    np.testing.assert_allclose(
+      getattr(outputs['bfloat16'], name),
+      getattr(outputs['float32'], name),
+      rtol=0.05,
+    )
+
+
+@flagsaver.flagsaver(precision='bfloat16')
+def test_processor_without_bfloat16_takes_float32(monkeypatch, capsys):
+  monkeypatch.setattr(experiment, '_has_bfloat16', lambda: False)
+  experiment._check_flags()
+  assert FLAGS.precision == 'float32'
+  assert 'float32 is used' in capsys.readouterr().out
 
 
 @flagsaver.flagsaver(batch_size=3, unroll_length=5, max_gradient_norm=0.5)
