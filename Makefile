@@ -3,6 +3,7 @@
 # make plot    draws the learning curves of trainings: LOGDIR=<logdir>, several
 #              in quotes
 # make test    sets everything up, checks the style, runs all tests
+# make benchmark   measures, on an idle machine, how fast all is, in 10 minutes
 # make ops     builds the TensorFlow operations
 #
 # The set-up is a virtual environment in .venv. To use a Python of your own that
@@ -21,7 +22,7 @@ LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 # The same settings serve training and test.
 QUICK_START = --flagfile=flagfiles/quick_start
 
-.PHONY: train plot test ops lint clean
+.PHONY: train plot test benchmark ops lint clean
 .DELETE_ON_ERROR:
 
 train: ops
@@ -34,6 +35,15 @@ plot: $(INSTALLED)
 
 test: ops lint
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+benchmark: ops
+	mkdir -p logs/benchmark
+	{ for question in vtrace batching py_process; do \
+	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question || exit; \
+	done; for question in throughput scaling; do \
+	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question \
+	    --plot=logs/benchmark/$$question.png || exit; \
+	done; } | tee logs/benchmark/table.md
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -105,7 +105,10 @@ class _Setup:
           for i in range(num_processes)
         ]
       fetch = tf.group([_loop(step, num_calls) for step in steps])
-      config = tf.ConfigProto(inter_op_parallelism_threads=num_processes + 2)
+      num_threads = 8
+      if pipes or not py_process.has_library():  # A call takes one.
+        num_threads = num_processes + 2
+      config = tf.ConfigProto(inter_op_parallelism_threads=num_threads)
       py_process.start_all(self._processes)
       session = tf.Session(graph=graph, config=config)
     self._run = session.make_callable(fetch)

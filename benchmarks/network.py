@@ -7,7 +7,7 @@ cost nothing. Unrolls, parameters and all that travels are those of a real
 training with the flags of experiment.py that are given. Run it on an otherwise
 idle machine:
 
-  python benchmarks/scale.py --actors=1,10,50,100 --torso=deep
+  python benchmarks/network.py --actors=1,10,50,100 --torso=deep
 
 Actor tasks are threads of a few processes here, with a session and a connection
 each, as a process per task would need 0.4 GB each. They share the cores with

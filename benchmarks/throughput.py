@@ -1,0 +1,125 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""How many environment frames a second does a whole training take?
+
+Runs real trainings of the deep network, one after the other, on frames that
+cost nothing and on real environments. Run it on an otherwise idle machine:
+
+  python -m benchmarks.throughput --plot=throughput.png
+
+The bound is what the machine's rate of large float32 matrix products, measured
+in the same run, would allow if it did nothing but the network's products: per
+agent step one forward pass to act, and a forward and a backward pass (counted
+as two) to learn. The share of it is the model FLOP utilisation. "allowed" is
+what is left of the rate without environments (the first row of the same number
+of actors) if the processor time of the environments is added to each frame.
+
+Rates are medians over parts of the measured time, with the distance of their
+quartiles in percent.
+"""
+
+import argparse
+import os
+import statistics
+
+import matplotlib.pyplot as plt
+
+from benchmarks import common
+
+# Level, actors, batch size, unroll length, other flags.
+_SETTINGS = {
+  'frames': (common.FRAMES, 8, 8, 20),
+  'frames, bfloat16': (common.FRAMES, 8, 8, 20, '--precision=bfloat16'),
+  'frames, 32 actors': (common.FRAMES, 32, 32, 100),
+  'ViZDoom': ('gym:VizdoomBasic-v1', 8, 8, 20),
+  'Pong': ('gym:ALE/Pong-v5', 8, 8, 20, '--height=84', '--width=84'),
+}
+_NUM_ACTION_REPEATS = 4
+_SHAPES = {'Pong': (84, 84, 4, 6), 'ViZDoom': (72, 96, 3, 4)}
+
+
+def step_flops(height, width, channels, num_actions):
+  """Returns the FLOPs of an agent step: to act, and three times to learn."""
+  import experiment
+  from experiment import tf
+
+  with tf.Graph().as_default() as graph:
+    agent = experiment.Agent(num_actions)
+    env_output = experiment.environments.StepOutput(
+      tf.zeros([1]),
+      (),
+      tf.zeros([1], tf.bool),
+      (tf.zeros([1, height, width, channels], tf.uint8), tf.fill([1], '')),
+    )
+    agent((tf.zeros([1], tf.int32), env_output), agent.initial_state(1))
+    products = 0
+    for op in graph.get_operations():
+      # Each weight is used once for each place of the output. The rows of the
+      # instruction's encoder are unknown: there is none.
+      if op.type in ('Conv2D', 'MatMul'):
+        places = op.outputs[0].shape[:-1].num_elements() or 0
+        products += places * op.inputs[1].shape.num_elements()
+  return 4 * 2 * products
+
+
+def _plot(path, rates, bound):
+  figure, axes = plt.subplots(figsize=(7, 3), layout='constrained')
+  bars = axes.barh(list(rates), list(rates.values()))
+  axes.bar_label(bars, fmt='{:,.0f}', padding=3)
+  axes.axvline(bound, color='black', linestyle='--')
+  axes.text(bound, -0.9, 'float32 bound', ha='center')
+  axes.set_xlim(right=1.25 * max(bound, *rates.values()))
+  axes.invert_yaxis()
+  axes.set_xlabel('environment frames/s')
+  figure.savefig(path)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--seconds', type=int, default=25, help='per training')
+  parser.add_argument(
+    '--only', nargs='+', choices=_SETTINGS, default=list(_SETTINGS)
+  )
+  parser.add_argument('--plot', help='path of a picture of the result')
+  args = parser.parse_args()
+  matrix_rate = common.matrix_rate()
+  print(
+    f'Matrix products: {matrix_rate / 1e9:.0f} GFLOP/s on {os.cpu_count()} '
+    'processors\n'
+  )
+  rows, rates = [], {}
+  for name in args.only:
+    level, num_actors, batch_size, unroll_length, *flags = _SETTINGS[name]
+    flags += common.flags_of(level, num_actors, batch_size, unroll_length)
+    result = common.train(flags, args.seconds)
+    rates[name] = statistics.median(result['rates'])
+    flops = step_flops(*_SHAPES.get(name, (72, 96, 3, 9)))
+    bound = matrix_rate / flops * _NUM_ACTION_REPEATS
+    busy = result['environment_seconds'] / os.cpu_count()
+    rows.append(
+      [
+        name,
+        f'{num_actors}, {batch_size}, {unroll_length}',
+        f'{rates[name]:,.0f}',
+        f'{common.spread(result["rates"]):.0%}',
+        f'{bound:,.0f}',
+        f'{rates[name] / bound:.0%}',
+        f'{1e6 * result["environment_seconds"]:.0f}',
+        f'{1 / (1 / rates[name] - busy):,.0f}',
+        f'{result["first_update"]:.1f}',
+        f'{result["memory"]:.0f}',
+      ]
+    )
+  common.print_table(
+    [
+      *('environment', 'actors, batch, unroll', 'frames/s', 'spread'),
+      *('bound', 'of the bound', 'environments us/frame', 'without them'),
+      *('first update s', 'memory MB'),
+    ],
+    rows,
+  )
+  if args.plot:
+    _plot(args.plot, rates, bound)
+
+
+if __name__ == '__main__':
+  main()
