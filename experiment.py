@@ -1965,6 +1965,8 @@ class ActorTasks(tf.train.SessionRunHook):
     lines = []
     for task, beat in connected.items():
       self._statistics[task, beat.started] = beat
+      # What it sent to another learner before doesn't count.
+      self._period_begin.setdefault((task, beat.started), beat.unrolls)
       before = self._connected.get(task)
       if before is None or before.started != beat.started:
         self._num_joined += 1

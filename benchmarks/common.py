@@ -16,6 +16,8 @@ import gymnasium
 import numpy as np
 import tabulate
 
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
 _FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NUM_PARTS = 5
 
@@ -77,6 +79,7 @@ def train(flags, seconds):
 def _train(seconds, started, flags):
   """Runs a training and prints what `train` returns."""
   import experiment
+  import py_process
 
   times = []
   add = experiment.Metrics.add
@@ -92,6 +95,7 @@ def _train(seconds, started, flags):
   experiment.Metrics.add = add_and_note
   experiment.FLAGS(['experiment.py', *flags])
   experiment.main(None)
+  py_process._close_everything()  # What has ended is accounted for.
   frames = experiment._frames_per_update()
   parts = np.array_split(np.diff(times[1:]), _NUM_PARTS)
   children = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -7,11 +7,10 @@ cost nothing and on real environments. Run it on an otherwise idle machine:
   python -m benchmarks.throughput --plot=throughput.png
 
 The bound is what the machine's rate of large float32 matrix products, measured
-in the same run, would allow if it did nothing but the network's products: per
-agent step one forward pass to act, and a forward and a backward pass (counted
-as two) to learn. The share of it is the model FLOP utilisation. "allowed" is
-what is left of the rate without environments (the first row of the same number
-of actors) if the processor time of the environments is added to each frame.
+before and after each training, would allow if it did nothing but the network's
+products: per agent step one forward pass to act, and a forward and a backward
+pass (counted as two) to learn. The share of it is the model FLOP utilisation.
+"without them" is the rate if the environments took no processor time.
 
 Rates are medians over parts of the measured time, with the distance of their
 quartiles in percent.
@@ -75,22 +74,21 @@ def _plot(path, rates, bound):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--seconds', type=int, default=25, help='per training')
+  parser.add_argument('--seconds', type=int, default=20, help='per training')
   parser.add_argument(
     '--only', nargs='+', choices=_SETTINGS, default=list(_SETTINGS)
   )
   parser.add_argument('--plot', help='path of a picture of the result')
   args = parser.parse_args()
-  matrix_rate = common.matrix_rate()
-  print(
-    f'Matrix products: {matrix_rate / 1e9:.0f} GFLOP/s on {os.cpu_count()} '
-    'processors\n'
-  )
   rows, rates = [], {}
+  # Before and after each training, as it changes on a shared machine.
+  matrix_rates = [common.matrix_rate()]
   for name in args.only:
     level, num_actors, batch_size, unroll_length, *flags = _SETTINGS[name]
     flags += common.flags_of(level, num_actors, batch_size, unroll_length)
     result = common.train(flags, args.seconds)
+    matrix_rates.append(common.matrix_rate())
+    matrix_rate = statistics.mean(matrix_rates[-2:])
     rates[name] = statistics.median(result['rates'])
     flops = step_flops(*_SHAPES.get(name, (72, 96, 3, 9)))
     bound = matrix_rate / flops * _NUM_ACTION_REPEATS
@@ -101,6 +99,7 @@ def main():
         f'{num_actors}, {batch_size}, {unroll_length}',
         f'{rates[name]:,.0f}',
         f'{common.spread(result["rates"]):.0%}',
+        f'{matrix_rate / 1e9:.0f}',
         f'{bound:,.0f}',
         f'{rates[name] / bound:.0%}',
         f'{1e6 * result["environment_seconds"]:.0f}',
@@ -112,7 +111,13 @@ def main():
   common.print_table(
     [
       *('environment', 'actors, batch, unroll', 'frames/s', 'spread'),
-      *('bound', 'of the bound', 'environments us/frame', 'without them'),
+      *(
+        'GFLOP/s',
+        'bound',
+        'of the bound',
+        'environments us/frame',
+        'without them',
+      ),
       *('first update s', 'memory MB'),
     ],
     rows,

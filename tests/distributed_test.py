@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
+from unittest import mock
 
 import pytest
 from absl import flags
@@ -109,6 +110,21 @@ def test_steps_refused_by_mistake_are_repeated():
     with pytest.raises(tf.errors.AbortedError, match='received') as caught:
       session.run(2 * x, {x: 3})
     assert len(caught.value.message) < 5000
+
+
+def test_unrolls_for_another_learner_do_not_count():
+  with tf.Graph().as_default():
+    board, update = mock.Mock(), mock.Mock()
+    board.publish.return_value = tf.no_op()
+    update.learner.global_step = tf.constant(0)
+    tasks = experiment.ActorTasks(board, None, update, '')
+  tasks.session = mock.Mock()
+  for unrolls in (1000, 1012):
+    beat = experiment.Beat(99.0, 1.0, unrolls, 0, 0, 0, 0.0)
+    tasks.session.run.return_value = (100.0, [4], [beat], ([4], [b'host:1']))
+    tasks.changes()
+  values, _ = tasks.membership()
+  assert values['unrolls_per_actor_mean'] == 12
 
 
 def test_tasks_train_to_the_last_frame_and_end(tmp_path):

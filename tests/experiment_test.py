@@ -3,6 +3,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +48,14 @@ def run(fetches, feed_dict=None):
   with tf.Session() as session:
     session.run(tf.global_variables_initializer())
     return session.run(fetches, feed_dict)
+
+
+def test_keras_is_left_to_those_who_want_it():
+  code = (
+    'import sys, experiment; assert "keras" not in sys.modules; '
+    'import keras, tensorflow as tf; tf.keras.layers.Dense(3)'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)
 
 
 # --- The agent --------------------------------------------------------------
