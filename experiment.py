@@ -537,6 +537,10 @@ def _unroll_lstm(lstm, inputs, done, state):
   # Its first call makes the variables, which loops can't do.
   lstm(inputs[0], state)
   gates = tf.tensordot(inputs, lstm.input_to_hidden, 1) + lstm.b
+  # A loop's state may not know less of its shape than it did before.
+  batch_size = state.hidden.shape[0]
+  gates.set_shape([None, batch_size, None])
+  done.set_shape([None, batch_size])
 
   @tf.custom_gradient
   def recur(gates, hidden, cell, weights):

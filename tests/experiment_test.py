@@ -410,6 +410,20 @@ def test_processor_without_bfloat16_takes_float32(monkeypatch, capsys):
   assert 'float32 is used' in capsys.readouterr().out
 
 
+@flagsaver.flagsaver(batch_size=1, unroll_length=5)
+def test_batch_of_one_unroll(learner_batch):
+  env, behaviour = tf.nest.map_structure(lambda x: x[:, :1], learner_batch)
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    # As from a queue: their shapes are known, their values are not.
+    inputs = tf.nest.map_structure(
+      lambda x: tf.placeholder_with_default(x, x.shape), (env, behaviour)
+    )
+    learner = experiment.build_learner(agent, agent.initial_state(1), *inputs)
+    assert np.isfinite(run(learner).total_loss)
+
+
 @flagsaver.flagsaver(batch_size=3, unroll_length=5, max_gradient_norm=0.5)
 def test_gradient_norm_is_clipped_but_reported_whole(learner_batch):
   env, behaviour = learner_batch
