@@ -43,8 +43,9 @@ def _plot(path, results):
     memory = [r['memory'] for r in points.values()]
     for axis, values in zip(column, (rates, memory), strict=True):
       axis.plot(list(points), values, marker='o')
-      axis.set_ylim(0)
     column[1].set_xlabel(name)
+  for axis in axes[:, 0]:  # All of a row share it.
+    axis.set_ylim(bottom=0)
   axes[0, 0].set_ylabel('environment frames/s')
   axes[1, 0].set_ylabel('MB of the main process')
   figure.savefig(path)
