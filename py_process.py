@@ -341,8 +341,13 @@ class _Child:
   folder: str  # Working directory and place for temporary files.
 
 
-def _serve(control_fd):
-  """Forks processes on request until the socket `control_fd` is closed."""
+def _serve(control_fd, folder):
+  """Forks processes on request until the socket `control_fd` is closed.
+
+  Args:
+    control_fd: file descriptor of the socket.
+    folder: where each process gets a folder; removed in the end.
+  """
   control = socket.socket(fileno=control_fd)
   # What its processes leave behind becomes its own child, and is reaped.
   _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -368,14 +373,15 @@ def _serve(control_fd):
         if pid in children:
           _kill(pid)
       else:
-        _fork(children, [control_fd, wakeup, wakeup_write], *fds)
+        _fork(children, folder, [control_fd, wakeup, wakeup_write], *fds)
   for pid in children:
     _kill(pid)
   for pid in list(children):
     _bury(children, pid, os.waitpid(pid, 0)[1])
+  shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork(children, own_fds, connection, memory_fd, status):
+def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
   """Forks one process; the three file descriptors are its program's."""
   payload = os.pread(memory_fd, os.fstat(memory_fd).st_size, 0)
   modules, payload = pickle.loads(payload)
@@ -385,7 +391,7 @@ def _fork(children, own_fds, connection, memory_fd, status):
       __import__(module)
   server = os.getpid()
   try:
-    folder = tempfile.mkdtemp(prefix='impala-process-')
+    folder = tempfile.mkdtemp(dir=parent_folder)
     pid = os.fork()
   except OSError:  # The program sees the ends closed.
     traceback.print_exc()
@@ -513,6 +519,7 @@ class _ForkServer:
     self._lock = threading.Lock()
     self._server = None
     self._control = None
+    self._folder = None
 
   def spawn(self, modules, payload):
     """Starts a process for a pickled (class, args, kwargs).
@@ -549,24 +556,23 @@ class _ForkServer:
   def close(self):
     with self._lock:
       if self._server is not None:
-        self._control.close()
-        self._server.wait()
-        self._server = None
+        self._end()
 
   def _ensure_running(self):
     if self._server is not None:
       # It never writes: its end is readable when it is gone.
       if not _is_readable(self._control.fileno(), timeout=0):
         return
-      self._control.close()
-      self._server.wait()
+      self._end()
+    self._folder = tempfile.mkdtemp(prefix='impala-')
     self._control, theirs = socket.socketpair(
       socket.AF_UNIX, socket.SOCK_SEQPACKET
     )
     path = [os.path.dirname(_LIBRARY), *sys.path]
     code = (
       f'import sys; sys.path[:] = {path!r}; '
-      f'import py_process; py_process._serve({theirs.fileno()})'
+      'import py_process; '
+      f'py_process._serve({theirs.fileno()}, {self._folder!r})'
     )
     with theirs:
       self._server = subprocess.Popen(
@@ -584,6 +590,13 @@ class _ForkServer:
           'CUDA_VISIBLE_DEVICES': '-1',
         },
       )
+
+  def _end(self):
+    self._control.close()
+    self._server.wait()
+    self._server = None
+    # If it was killed, it left its own.
+    shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _is_readable(fd, timeout):

@@ -533,6 +533,7 @@ def test_restart_replaces_arguments_by_name():
 
 def test_death_of_the_fork_server_ends_processes():
   processes = [_start(Counter) for _ in range(3)]
+  folders = [os.readlink(f'/proc/{process.pid}/cwd') for process in processes]
   server = py_process._fork_server._server.pid
   os.kill(server, signal.SIGKILL)
   for process in processes:
@@ -543,6 +544,7 @@ def test_death_of_the_fork_server_ends_processes():
     process.restart(start=3)
     assert _run(process.proxy.next()) == 4
   assert py_process._fork_server._server.pid != server
+  assert not any(map(os.path.exists, folders))
 
 
 # --- Cancellation -----------------------------------------------------------
