@@ -36,6 +36,7 @@ plot: $(INSTALLED)
 test: ops lint
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
+benchmark: SHELL = /bin/bash -o pipefail
 benchmark: ops
 	mkdir -p logs/benchmark
 	{ for question in vtrace batching py_process; do \

@@ -209,8 +209,9 @@ flags.DEFINE_enum(
   'precision',
   'float32',
   ['float32', 'bfloat16'],
-  'Of the convolutions on the CPU: bfloat16 is faster where the processor has '
-  'it. Everything else, parameters, losses and V-trace too, is float32.',
+  'Of the convolutions on the CPU, and of what is between two of them: '
+  'bfloat16 is faster where the processor has it. Everything else, parameters, '
+  'losses and V-trace too, is float32.',
 )
 flags.DEFINE_float(
   'entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0
@@ -1014,13 +1015,9 @@ class ActorLoops(tf.train.SessionRunHook):
     py_process.close_all(self.processes)
 
   def begin(self):
-    # While the session is made.
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    self._start = pool.submit(py_process.start_all, self.processes)
-    pool.shutdown(wait=False)
+    py_process.start_all(self.processes)
 
   def after_create_session(self, session, coord):
-    self._start.result()
     self.session, self.coord = session, coord
     start = _make_start(session, self._actor, self._index)
     unroll = _make_unroll(session, self._actor, self._index, self._fetches)
@@ -1811,7 +1808,8 @@ def _repeat_refused(session):
   TensorFlow draws the id in a new thread for each step, from a seed of 32 bits:
   about one step in 43,000 is refused without being run. The error quotes what
   was fed, and Python's part of TensorFlow takes a time that is quadratic in the
-  length of a message: that of an unroll it would not finish.
+  length of a message: that of an unroll it would not finish. So all errors of
+  the session are cut off.
   """
   run = session._call_tf_sessionrun
 
@@ -1969,7 +1967,8 @@ class ActorTasks(tf.train.SessionRunHook):
     lines = []
     for task, beat in connected.items():
       self._statistics[task, beat.started] = beat
-      # What it sent to another learner before doesn't count.
+      # What it sent to another learner before doesn't count, nor what it sent
+      # before its first sign of life.
       self._period_begin.setdefault((task, beat.started), beat.unrolls)
       before = self._connected.get(task)
       if before is None or before.started != beat.started:
@@ -2432,6 +2431,7 @@ def _open_results(game, checkpoint, frames):
         'seed': FLAGS.seed,
         'num_action_repeats': FLAGS.num_action_repeats,
         'frame_shape': list(game.spec.frame_shape),
+        'precision': FLAGS.precision,
       },
       levels=game.names,
       num_episodes=FLAGS.test_num_episodes,
@@ -2869,7 +2869,7 @@ class Player:
       with open(os.path.join(folder, _DESCRIPTION)) as file:
         description = json.load(file)
       tf.train.load_variable(checkpoint or folder, 'global_step')
-    except (OSError, ValueError, tf.errors.OpError) as error:
+    except (OSError, ValueError, IndexError, tf.errors.OpError) as error:
       raise UserError(f'{path} holds no trained agent: {error}') from None
     self.frame_shape = tuple(description['frame_shape'])
     self.action_set = description['action_set']
@@ -3022,18 +3022,19 @@ def _take_tf_config(text):
 _M_ARENA_MAX = -8
 
 
-def _share_memory():
+def _limit_arenas():
   """Has threads share what others freed.
 
   By default glibc keeps it apart for up to 8 arenas per processor: 70 MB more
   with 48 actors, while 2 per processor are as fast.
   """
-  with contextlib.suppress(AttributeError):  # Another library of C.
-    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2 * (os.cpu_count() or 1))
+  if 'MALLOC_ARENA_MAX' not in os.environ:
+    with contextlib.suppress(AttributeError):  # Another library of C.
+      ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2 * (os.cpu_count() or 1))
 
 
 def main(_):
-  _share_memory()
+  _limit_arenas()
   tf.logging.set_verbosity(
     tf.logging.INFO if FLAGS.verbosity > 0 else tf.logging.ERROR
   )

@@ -190,7 +190,7 @@ def _measure(learner, count):
 
 
 def main(_):
-  FLAGS.actor_address = 'scale'
+  FLAGS.actor_address = 'network'
   if FLAGS.clients:
     _be_actors()
     return

@@ -91,9 +91,9 @@ def test_steps_refused_by_mistake_are_repeated():
     return real(options, feed_dict, fetches, targets, metadata)
 
   def refusal(request):
-    # As TensorFlow's, with the content of an unroll of 100 frames.
+    # As TensorFlow's, with what was fed.
     return tf.errors.AbortedError(
-      None, None, f'{request} request was received twice. ' + '{' * 6_000_000
+      None, None, f'{request} request was received twice. ' + '{' * 50_000
     )
 
   with tf.Graph().as_default(), tf.Session() as session:

@@ -127,6 +127,40 @@ def test_words_and_their_order_matter():
   assert len(set(np.round(values, 6))) == 3
 
 
+def test_instructions_are_read_word_by_word():
+  texts = ['', 'go', 'find the red door']
+  with tf.Graph().as_default():
+    encoder = experiment._InstructionEncoder()
+    encoded = encoder(tf.constant(texts))
+    rows = []
+    for text in texts:
+      state = encoder._lstm.initial_state(1)
+      for word in text.split():
+        bucket = tf.strings.to_hash_bucket_fast([word], 1000)
+        _, state = encoder._lstm(encoder._embedding(bucket), state)
+      rows.append(state.hidden)
+    values, expected = run(
+      [
+        (result, encoder_gradients(encoder, result))
+        for result in (encoded, tf.concat(rows, axis=0))
+      ]
+    )
+  tf.nest.map_structure(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+    values,
+    expected,
+  )
+  assert all(np.abs(gradient).max() > 0 for gradient in expected[1])
+
+
+def encoder_gradients(encoder, result):
+  loss = tf.reduce_sum(tf.sin(100 * result))
+  return [
+    tf.convert_to_tensor(gradient)
+    for gradient in tf.gradients(loss, encoder.trainable_variables)
+  ]
+
+
 def test_deep_agent_has_the_papers_size():
   with tf.Graph().as_default():
     agent = experiment.Agent(9, 'deep')
@@ -190,7 +224,8 @@ def learner_batch():
     policy_logits=random.normal(size=(*shape, NUM_ACTIONS)).astype(np.float32),
     baseline=random.normal(size=shape).astype(np.float32),
   )
-  return env_outputs(random, shape), agent_outputs
+  instructions = ('', 'go', 'find the red door')
+  return env_outputs(random, shape, instructions), agent_outputs
 
 
 @flagsaver.flagsaver(
