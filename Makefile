@@ -16,7 +16,7 @@ INSTALLED = $(VENV)/installed$(if $(GPU),-gpu)
 endif
 
 REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
-OPS = dynamic_batching_ops.so py_process_ops.so
+OPS = convolution_ops.so dynamic_batching_ops.so py_process_ops.so
 LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 
 # The same settings serve training and test.
@@ -55,7 +55,7 @@ ops: $(OPS)
 
 # Built anew after an installation: it may have brought another TensorFlow.
 %.so: %.cc $(INSTALLED)
-	$(CXX) -std=c++17 -O2 -Wall -Wno-deprecated-declarations -shared -fPIC \
+	$(CXX) -std=c++17 -O3 -Wall -Wno-deprecated-declarations -shared -fPIC \
 	  $< -o $@.tmp $(shell $(PYTHON) -c "import tensorflow as tf; \
 	  flags = tf.sysconfig.get_compile_flags() + tf.sysconfig.get_link_flags(); \
 	  print(' '.join(flags).replace('-I', '-isystem '))" 2>/dev/null)

@@ -53,6 +53,7 @@ with quiet.start():
   import tensorflow.compat.v1 as tf
 
   import atari57
+  import convolution
   import dmlab30
   import dynamic_batching
   import environments
@@ -323,19 +324,24 @@ class Agent(snt.Module):
   is an LSTM; its state is reset where an episode begins.
   """
 
-  def __init__(self, num_actions, torso='deep', name='agent'):
+  def __init__(
+    self, num_actions, torso='deep', precision='float32', name='agent'
+  ):
     """Makes the modules.
 
     Args:
       num_actions: int, number of actions to choose from.
       torso: 'deep' or 'shallow'.
+      precision: 'bfloat16' for an agent in whose session TensorFlow rewrites
+        convolutions to that, else 'float32'.
       name: name of the module.
     """
     super().__init__(name)
     self.num_actions = num_actions
-    self._frame_encoder = {'deep': _DeepEncoder, 'shallow': _ShallowEncoder}[
-      torso
-    ]()
+    self._frame_encoder = {
+      'deep': lambda: _DeepEncoder(precision),
+      'shallow': _ShallowEncoder,
+    }[torso]()
     self._instruction_encoder = _InstructionEncoder()
     # Inputs weigh twice as much as by default: what is seen has to move the
     # gates more than the memory does, or learning stays blind for long.
@@ -430,14 +436,32 @@ class Agent(snt.Module):
 _RELU_INIT = snt.initializers.VarianceScaling(2.0)
 
 
+class _Convolution(snt.Conv2D):
+  """A convolution of 3x3 pixels after a ReLU and before a residual, if any."""
+
+  def __init__(self, channels, convolve):
+    super().__init__(channels, 3, name='conv2_d')
+    self._convolve = convolve
+
+  def __call__(self, frame, relu=False, residual=None):
+    """Maps float32 [N, height, width, in] to [N, height, width, channels]."""
+    self._initialize(frame)
+    return self._convolve(frame, self.w, self.b, relu, residual)
+
+
 class _DeepEncoder(snt.Module):
   """Three sections of a convolution, a pool and two residual blocks."""
 
-  def __init__(self):
+  def __init__(self, precision):
     super().__init__('deep')
+    # TensorFlow rewrites none but its own operations.
+    convolve = {
+      'float32': convolution.convolve,
+      'bfloat16': convolution.convolve_by_tensorflow,
+    }[precision]
 
     def conv(channels):
-      return snt.Conv2D(channels, 3)
+      return _Convolution(channels, convolve)
 
     self._sections = [
       (conv(channels), [(conv(channels), conv(channels)) for _ in range(2)])
@@ -451,7 +475,8 @@ class _DeepEncoder(snt.Module):
     for conv, blocks in self._sections:
       output = tf.nn.max_pool2d(conv(output), 3, strides=2, padding='SAME')
       for first, second in blocks:
-        output += second(tf.nn.relu(first(tf.nn.relu(output))))
+        hidden = first(output, relu=True)
+        output = second(hidden, relu=True, residual=output)
     return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(output))))
 
 
@@ -1446,6 +1471,10 @@ def _build_actor_for(game, agent, processes, noise_seeds=None):
   return actor, index
 
 
+def _new_agent(game):
+  return Agent(len(game.spec.action_set), FLAGS.torso, FLAGS.precision)
+
+
 def _session_config(num_actors):
   config = tf.ConfigProto(allow_soft_placement=True)
   # Large convolutions of the learner hold a thread each for long: with more
@@ -1527,7 +1556,7 @@ def train():
   """
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
-    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    agent = _new_agent(game)
     prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
     actors, update, queue = prepare(game, agent)
     checkpoint = tf.train.latest_checkpoint(FLAGS.logdir)
@@ -1840,7 +1869,7 @@ def _prepare_learner_task(game, agent):
 def _unroll_specs(game):
   """Returns the `Unroll` of `tf.TensorSpec` that actor tasks send."""
   with _new_graph():
-    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    agent = _new_agent(game)
     actor, _ = _build_actor_for(
       game, agent, _create_processes(game, 1, _environment_seed)
     )
@@ -2293,7 +2322,7 @@ def act():
   """Plays as an actor task until the learner is done, an error, or a signal."""
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
-    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    agent = _new_agent(game)
     processes = _create_processes(
       game, FLAGS.environments_per_actor, _environment_seed
     )
@@ -2352,7 +2381,7 @@ def test():
   shapes, frames = _read_checkpoint(checkpoint)
   game = _choose_game()
   with _new_graph(), _stop_signals() as stop_signals:
-    agent = Agent(len(game.spec.action_set), FLAGS.torso)
+    agent = _new_agent(game)
     # Round after round through the levels.
     count = FLAGS.test_num_episodes * len(game.names)
     seeds = [_test_seeds(game, index) for index in range(count)]

@@ -54,7 +54,7 @@ def step_flops(height, width, channels, num_actions):
     for op in graph.get_operations():
       # Each weight is used once for each place of the output. The rows of the
       # instruction's encoder are unknown: there is none.
-      if op.type in ('Conv2D', 'MatMul'):
+      if op.type in ('Conv2D', 'Conv3x3', 'MatMul'):
         places = op.outputs[0].shape[:-1].num_elements() or 0
         products += places * op.inputs[1].shape.num_elements()
   return 4 * 2 * products

@@ -399,7 +399,7 @@ def test_convolutions_alone_are_bfloat16(learner_batch):
     ):
       tf.set_random_seed(1)
       tf.train.get_or_create_global_step()
-      agent = experiment.Agent(NUM_ACTIONS, 'deep')
+      agent = experiment.Agent(NUM_ACTIONS, 'deep', precision)
       learner = experiment.build_learner(
         agent, agent.initial_state(3), constants(env), constants(behaviour)
       )

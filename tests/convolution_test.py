@@ -1,0 +1,264 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of convolution.py and its ops against sums written out in NumPy."""
+
+import itertools
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+
+import convolution
+
+needs_ops = pytest.mark.skipif(
+  not convolution.available(), reason='needs `make ops` and AVX-512'
+)
+
+
+def random_arrays(seed, batch_size, height, width, in_channels, out_channels):
+  """Returns frames, weights, biases and a residual."""
+  rng = np.random.default_rng(seed)
+  shapes = [
+    (batch_size, height, width, in_channels),
+    (3, 3, in_channels, out_channels),
+    (out_channels,),
+    (batch_size, height, width, out_channels),
+  ]
+  return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def shifted(frames):
+  """Returns 3x3 places and what is there around each pixel."""
+  _, height, width, _ = frames.shape
+  padded = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  for y, x in itertools.product(range(3), repeat=2):
+    yield (y, x), padded[:, y : y + height, x : x + width]
+
+
+def numpy_convolve(frames, weights, biases, relu, residual):
+  frames = frames.astype(np.float64)
+  if relu:
+    frames = np.maximum(frames, 0)
+  output = biases.astype(np.float64)
+  for place, around in shifted(frames):
+    output = output + around @ weights[place]
+  return output if residual is None else output + residual
+
+
+def numpy_gradients(frames, weights, relu, gradient):
+  """Returns those of frames, weights and biases."""
+  gradient = gradient.astype(np.float64)
+  positive = frames > 0 if relu else np.ones_like(frames)
+  weights_gradient = np.empty(weights.shape)
+  for place, around in shifted(frames * positive):
+    weights_gradient[place] = np.tensordot(around, gradient, [[0, 1, 2]] * 2)
+  # A pixel is above and left of those whose upper left neighbour it is.
+  frames_gradient = sum(
+    around @ weights[2 - y, 2 - x].T for (y, x), around in shifted(gradient)
+  )
+  return frames_gradient * positive, weights_gradient, gradient.sum((0, 1, 2))
+
+
+def assert_close(actual, expected):
+  """Their difference is small beside the size of the expected numbers."""
+  assert actual.shape == expected.shape
+  scale = np.sqrt(np.mean(np.square(expected))) + 1e-6
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4 * scale)
+
+
+def run(function, arrays, threads=0):
+  """Returns what a function of tensors gives for arrays."""
+  with tf.Graph().as_default():
+    config = tf.ConfigProto(intra_op_parallelism_threads=threads)
+    placeholders = [tf.placeholder(a.dtype, a.shape) for a in arrays]
+    results = function(*placeholders)
+    # Another pool of threads than other sessions have.
+    config.use_per_session_threads = True
+    with tf.Session(config=config) as session:
+      return session.run(results, dict(zip(placeholders, arrays, strict=True)))
+
+
+def gradients(frames, weights, biases, gradient, relu=True):
+  output = convolution.convolve(frames, weights, biases, relu)
+  return tf.gradients(output, [frames, weights, biases], gradient)
+
+
+# Tiles are 4x4, so that sizes are of all remainders, and all of the network's
+# for frames of 72x96 and 84x84. The last one's results are written past the
+# caches.
+SIZES = [
+  *((1, 1, 1), (2, 3, 5), (3, 7, 6), (1, 4, 4), (4, 9, 12), (2, 11, 11)),
+  *((3, 18, 24), (2, 21, 21), (2, 36, 48), (40, 36, 48)),
+]
+
+
+@needs_ops
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize(
+  'channels', [(i, o) for i in (16, 32) for o in (16, 32)]
+)
+@pytest.mark.parametrize('size', SIZES)
+def test_convolution_and_its_gradients(size, channels, relu):
+  frames, weights, biases, gradient = random_arrays(1, *size, *channels)
+
+  def build(frames, weights, biases, gradient):
+    output = convolution.convolve(frames, weights, biases, relu)
+    assert output.op.type == 'Conv3x3'
+    assert output.shape == gradient.shape
+    inputs = [frames, weights, biases]
+    results = tf.gradients(output, inputs, gradient)
+    assert [r.shape for r in results] == [i.shape for i in inputs]
+    return output, *results
+
+  output, *results = run(build, [frames, weights, biases, gradient])
+  assert_close(output, numpy_convolve(frames, weights, biases, relu, None))
+  expected = numpy_gradients(frames, weights, relu, gradient)
+  for result, right in zip(results, expected, strict=True):
+    assert_close(result, right)
+
+
+@needs_ops
+def test_residual_is_added_and_has_the_outputs_gradient():
+  arrays = random_arrays(2, 3, 10, 13, 32, 16)
+  gradient = random_arrays(3, 3, 10, 13, 32, 16)[-1]
+
+  def build(frames, weights, biases, residual):
+    output = convolution.convolve(frames, weights, biases, True, residual)
+    return output, tf.gradients(output, residual, gradient)[0]
+
+  output, residual_gradient = run(build, arrays)
+  frames, weights, biases, residual = arrays
+  assert_close(output, numpy_convolve(frames, weights, biases, True, residual))
+  np.testing.assert_array_equal(residual_gradient, gradient)
+
+
+@pytest.mark.parametrize('channels', [(3, 16), (16, 8), (64, 64)])
+def test_other_channels_are_left_to_tensorflow(channels):
+  arrays = random_arrays(4, 2, 6, 7, *channels)
+
+  def build(frames, weights, biases, residual):
+    return convolution.convolve(frames, weights, biases, True, residual)
+
+  frames, weights, biases, residual = arrays
+  assert_close(
+    run(build, arrays), numpy_convolve(frames, weights, biases, True, residual)
+  )
+
+
+@needs_ops
+def test_no_frames():
+  frames, weights, biases, gradient = random_arrays(5, 0, 5, 5, 16, 16)
+  results = run(gradients, [frames, weights, biases, gradient])
+  assert results[0].shape == (0, 5, 5, 16)
+  assert not results[1].any()
+  assert not results[2].any()
+
+
+@needs_ops
+def test_results_do_not_depend_on_threads():
+  arrays = random_arrays(6, 30, 18, 24, 32, 32)
+  one, many = (run(gradients, arrays, threads) for threads in (1, 5))
+  for a, b in zip(one, many, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@needs_ops
+def test_a_frame_is_convolved_the_same_whatever_is_beside_it():
+  frames, weights, biases, _ = random_arrays(7, 7, 9, 12, 16, 32)
+
+  def outputs(frames):
+    return run(convolution.convolve, [frames, weights, biases])
+
+  together = outputs(frames)
+  for number in range(7):
+    alone = outputs(frames[number : number + 1])
+    np.testing.assert_array_equal(together[number : number + 1], alone)
+
+
+@needs_ops
+def test_nan_is_not_hidden_by_the_relu():
+  frames, weights, biases, _ = random_arrays(8, 1, 8, 8, 16, 16)
+  frames[0, 2, 3, 4] = np.nan
+
+  def build(*inputs):
+    return convolution.convolve(*inputs, relu=True)
+
+  output = run(build, [frames, weights, biases])
+  assert np.isnan(output[0, 1:4, 2:5]).all()
+
+
+@needs_ops
+@pytest.mark.parametrize(
+  ('shapes', 'message'),
+  [
+    (([1, 4, 4, 16], [3, 3, 16, 24], [24]), 'A filter is'),
+    (([1, 4, 4, 16], [5, 5, 16, 16], [16]), 'A filter is'),
+    (([1, 4, 4, 32], [3, 3, 16, 16], [16]), 'Expected pictures of 16'),
+    (([4, 4, 16], [3, 3, 16, 16], [16]), 'Expected pictures of 16'),
+    (([1, 4, 4, 16], [3, 3, 16, 16], [32]), 'Expected \\[16\\]'),
+    (([1, 4, 4, 16], [3, 3, 16, 16], [16], [1, 4, 5, 16]), 'Expected \\[1,4,4'),
+  ],
+)
+def test_op_refuses_wrong_shapes(shapes, message):
+  with tf.Graph().as_default(), tf.Session() as session:
+    # So that it is the kernel that refuses them.
+    frames, weights, biases, *residual = (
+      tf.placeholder_with_default(tf.zeros(shape), None) for shape in shapes
+    )
+    output = convolution._library().conv3x3(
+      frames, weights, biases, residual, relu=True
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+      session.run(output)
+
+
+@needs_ops
+def test_gradient_op_refuses_wrong_shapes():
+  frames, weights, _, gradient = random_arrays(9, 2, 4, 4, 16, 32)
+  with tf.Graph().as_default(), tf.Session() as session:
+    results = convolution._library().conv3x3_gradient(
+      gradient[:1], frames, weights, relu=False
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match='Expected'):
+      session.run(results)
+
+
+_PROGRAM = """
+import numpy as np
+import tensorflow.compat.v1 as tf
+import convolution
+with tf.Graph().as_default(), tf.Session() as session:
+  for _ in range(2):
+    output = convolution.convolve(
+      tf.ones([1, 3, 3, 16]), tf.ones([3, 3, 16, 16]), tf.ones([16])
+    )
+  assert output.op.type != 'Conv3x3'
+  assert session.run(output)[0, 1, 1, 0] == 9 * 16 + 1
+"""
+
+
+def run_program(folder):
+  shutil.copy(convolution.__file__, folder)
+  return subprocess.run(
+    [sys.executable, '-c', _PROGRAM],
+    cwd=folder,
+    env={'PATH': '', 'TF_CPP_MIN_LOG_LEVEL': '3'},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_without_the_library_tensorflow_convolves_after_one_warning(tmp_path):
+  result = run_program(tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert result.stderr.count('make ops') == 1
+
+
+def test_library_that_does_not_fit_is_told(tmp_path):
+  (tmp_path / 'convolution_ops.so').write_bytes(b'\x7fELF and no more')
+  result = run_program(tmp_path)
+  assert result.returncode == 1
+  assert 'ImportError' in result.stderr
+  assert 'make clean ops' in result.stderr
