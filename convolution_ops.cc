@@ -23,7 +23,9 @@
 // threads; so neither does the result.
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "tensorflow/core/framework/op.h"
@@ -42,12 +44,18 @@ constexpr int kProducts = kInputs * kInputs;         // Per tile and channels.
 constexpr int kTiles = 12;                           // Of a block.
 constexpr int kGradientTiles = 24;                   // The same, for filters.
 constexpr int64_t kChunkTiles = 8 * kGradientTiles;  // Summed apart.
+constexpr int64_t kChunkImages = 4;                  // The same, before pools.
 constexpr int64_t kStreamed = int64_t{4} << 20;      // Bytes; see `Store`.
+constexpr int kPixels = 12;                          // Convolved at once.
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 // The same somewhere in memory.
 typedef float Unaligned
     __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t UnalignedBytes
+    __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 // Pictures, [images, height, width, channels], in tiles.
 struct Pictures {
@@ -58,6 +66,7 @@ struct Pictures {
   int64_t rows() const { return (height + kOutputs - 1) / kOutputs; }
   int64_t columns() const { return (width + kOutputs - 1) / kOutputs; }
   int64_t tiles() const { return images * rows() * columns(); }
+  int64_t pixels() const { return height * width; }
 };
 
 // The place of a tile, which goes through pictures line by line.
@@ -417,7 +426,6 @@ void Gradients(const Pictures& pictures, const float* gradient,
                float* input_gradient, float* sums) {
   alignas(64) float inputs[kProducts * kGradientTiles * kIn];
   alignas(64) float gradients[kProducts * kGradientTiles * kOut];
-  memset(sums, 0, (kProducts * kIn + 1) * kOut * sizeof(float));
   for (; begin < end; begin += kGradientTiles) {
     const int count = std::min<int64_t>(kGradientTiles, end - begin);
     const Tile tile(pictures, begin);
@@ -436,22 +444,297 @@ void Gradients(const Pictures& pictures, const float* gradient,
   }
 }
 
-// Transforms the sums of all chunks back, for one channel of the input.
+// How many vectors of outputs a prepared filter has, and with it its gradient.
+template <int kIn>
+constexpr int Rows() {
+  return kIn % kLanes == 0 ? kProducts * kIn : 9 * kIn;
+}
+
+// Prepares a filter, [3, 3, kIn, kOut].
 template <int kIn, int kOut>
-void FinishGradient(int64_t chunks, int in, float* sums, float* filter) {
-  constexpr int kSize = (kProducts * kIn + 1) * kOut;
+void Prepare(const float* filter, float* prepared) {
+  if constexpr (kIn % kLanes == 0) {
+    TransformFilters<kIn, kOut>(filter, prepared);
+  } else {
+    memcpy(prepared, filter, Rows<kIn>() * kOut * sizeof(float));
+  }
+}
+
+// Adds up the gradients of all chunks for one channel of the input, and undoes
+// their transform.
+template <int kIn, int kOut>
+void FinishGradient(int64_t chunks, int in, const float* sums, float* filter) {
+  const auto sum = [=](int row, int out) {
+    const float* place = sums + (row * kIn + in) * kOut + out;
+    Vector sum = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      sum += Load(place + c * (Rows<kIn>() + 1) * kOut);
+    }
+    return sum;
+  };
+  const auto write = [=](int row, int out, Vector value) {
+    Store<false>(filter + (row * kIn + in) * kOut + out, value);
+  };
   for (int out = 0; out < kOut; out += kLanes) {
-    TransformSquare<kInputs, 3, TransformFilterBack>(
-        [=](int i, int j) {
-          const float* place =
-              sums + ((kInputs * i + j) * kIn + in) * kOut + out;
-          Vector sum = {};
-          for (int64_t c = 0; c < chunks; ++c) sum += Load(place + c * kSize);
-          return sum;
-        },
-        [=](int i, int j, Vector value) {
-          Store<false>(filter + ((3 * i + j) * kIn + in) * kOut + out, value);
-        });
+    if constexpr (kIn % kLanes == 0) {
+      TransformSquare<kInputs, 3, TransformFilterBack>(
+          [=](int i, int j) { return sum(kInputs * i + j, out); },
+          [=](int i, int j, Vector value) { write(3 * i + j, out, value); });
+    } else {
+      for (int row = 0; row < 9; ++row) write(row, out, sum(row, out));
+    }
+  }
+}
+
+// With fewer channels than a vector has, pixels are convolved one by one, on a
+// picture with zeros around it.
+
+int64_t PaddedWidth(int64_t width) {
+  return (width + kPixels - 1) / kPixels * kPixels + 2;
+}
+
+template <int kIn>
+int64_t PaddedSize(const Pictures& picture) {
+  if (kIn % kLanes == 0) return 0;
+  return (picture.height + 2) * PaddedWidth(picture.width) * kIn;
+}
+
+template <int kIn>
+void Pad(const Pictures& picture, const float* input, float* padded) {
+  const int64_t line = PaddedWidth(picture.width) * kIn;
+  memset(padded, 0, PaddedSize<kIn>(picture) * sizeof(float));
+  for (int64_t y = 0; y < picture.height; ++y) {
+    memcpy(padded + (y + 1) * line + kIn, input + y * picture.width * kIn,
+           picture.width * kIn * sizeof(float));
+  }
+}
+
+template <int kIn, int kOut>
+void ConvolvePadded(const Pictures& picture, const float* padded,
+                    const float* filter, const float* bias, float* output) {
+  constexpr int kVectors = kOut / kLanes;
+  const int64_t line = PaddedWidth(picture.width) * kIn;
+  for (int64_t y = 0; y < picture.height; ++y) {
+    for (int64_t x = 0; x < picture.width; x += kPixels) {
+      Vector sums[kPixels][kVectors];
+      for (int p = 0; p < kPixels; ++p) {
+        for (int k = 0; k < kVectors; ++k) {
+          sums[p][k] = Load(bias + k * kLanes);
+        }
+      }
+      const float* weights = filter;
+      for (int i = 0; i < 3; ++i) {
+        // The three pixels' channels are side by side.
+        const float* first = padded + (y + i) * line + x * kIn;
+        for (int in = 0; in < 3 * kIn; ++in, weights += kOut) {
+          for (int p = 0; p < kPixels; ++p) {
+            for (int k = 0; k < kVectors; ++k) {
+              sums[p][k] += first[p * kIn + in] * Load(weights + k * kLanes);
+            }
+          }
+        }
+      }
+      const int64_t count = std::min<int64_t>(kPixels, picture.width - x);
+      float* place = output + (y * picture.width + x) * kOut;
+      for (int p = 0; p < kPixels; ++p) {
+        if (p >= count) break;
+        for (int k = 0; k < kVectors; ++k) {
+          Store<false>(place + p * kOut + k * kLanes, sums[p][k]);
+        }
+      }
+    }
+  }
+}
+
+// Adds to the gradients of the filter, [9 * kIn, kOut], and, behind it, of the
+// bias.
+template <int kIn, int kOut>
+void PaddedGradients(const Pictures& picture, const float* gradient,
+                     const float* padded, float* sums) {
+  const int64_t line = PaddedWidth(picture.width) * kIn;
+  for (int out = 0; out < kOut; out += kLanes, sums += kLanes) {
+    Vector bias = {};
+    for (int i = 0; i < 3; ++i) {
+      Vector filter[3 * kIn] = {};
+      for (int64_t y = 0; y < picture.height; ++y) {
+        const float* first = padded + (y + i) * line;
+        const float* place = gradient + y * picture.width * kOut + out;
+        for (int64_t x = 0; x < picture.width; ++x) {
+          const Vector value = Load(place + x * kOut);
+          for (int in = 0; in < 3 * kIn; ++in) {
+            filter[in] += first[x * kIn + in] * value;
+          }
+          if (i == 0) bias += value;
+        }
+      }
+      for (int in = 0; in < 3 * kIn; ++in) {
+        float* sum = sums + (3 * i * kIn + in) * kOut;
+        Store<false>(sum, Load(sum) + filter[in]);
+      }
+    }
+    Store<false>(sums + 9 * kIn * kOut, Load(sums + 9 * kIn * kOut) + bias);
+  }
+}
+
+// Maxima of 3x3 pixels around every second one of every second line. As
+// elsewhere in TensorFlow, an uneven pixel of padding is at the end.
+struct Pool {
+  explicit Pool(int64_t size)
+      : outputs((size + 1) / 2), before(size % 2 == 0 ? 0 : 1) {}
+
+  int64_t outputs;
+  int64_t before;
+};
+
+int64_t PooledPixels(const Pictures& picture) {
+  return Pool(picture.height).outputs * Pool(picture.width).outputs;
+}
+
+// For each window and vector of channels, calls begin(output), visit(place of
+// 9, input) for what is inside of the picture, and end(output), with the places
+// of numbers.
+template <int kChannels, typename Begin, typename Visit, typename End>
+inline void VisitWindows(const Pictures& picture, const Begin& begin,
+                         const Visit& visit, const End& end) {
+  const Pool rows(picture.height), columns(picture.width);
+  for (int64_t y = 0; y < rows.outputs; ++y) {
+    for (int64_t x = 0; x < columns.outputs; ++x) {
+      const int64_t top = 2 * y - rows.before, left = 2 * x - columns.before;
+      const bool inside = top >= 0 && left >= 0 && top + 3 <= picture.height &&
+                          left + 3 <= picture.width;
+      for (int channel = 0; channel < kChannels; channel += kLanes) {
+        const int64_t first =
+            (top * picture.width + left) * kChannels + channel;
+        const int64_t output = (y * columns.outputs + x) * kChannels + channel;
+        begin(output);
+        if (inside) {
+          for (int i = 0; i < 3; ++i) {
+            for (int j = 0; j < 3; ++j) {
+              visit(3 * i + j, first + (i * picture.width + j) * kChannels);
+            }
+          }
+        } else {
+          for (int i = 0; i < 3; ++i) {
+            for (int j = 0; j < 3; ++j) {
+              if (top + i >= 0 && top + i < picture.height && left + j >= 0 &&
+                  left + j < picture.width) {
+                visit(3 * i + j, first + (i * picture.width + j) * kChannels);
+              }
+            }
+          }
+        }
+        end(output);
+      }
+    }
+  }
+}
+
+template <int kChannels>
+void PoolPicture(const Pictures& picture, const float* input, float* output,
+                 uint8_t* places) {
+  Vector largest;
+  Integers place;
+  VisitWindows<kChannels>(
+      picture,
+      [&](int64_t) {
+        largest = Vector{} - std::numeric_limits<float>::infinity();
+        place = Integers{} + 4;  // Always inside.
+      },
+      [&](int number, int64_t at) {
+        // Of equal ones the first. Where all are NaN, so is the result.
+        const Vector value = Load(input + at);
+        const Integers keep = value <= largest;
+        largest = keep ? largest : value;
+        place = keep ? place : Integers{} + number;
+      },
+      [&](int64_t at) {
+        Store<false>(output + at, largest);
+        *reinterpret_cast<UnalignedBytes*>(places + at) =
+            __builtin_convertvector(place, Bytes);
+      });
+}
+
+template <int kChannels>
+void PoolGradient(const Pictures& picture, const float* gradient,
+                  const uint8_t* places, float* input_gradient) {
+  memset(input_gradient, 0, picture.pixels() * kChannels * sizeof(float));
+  Vector value;
+  Integers place;
+  VisitWindows<kChannels>(
+      picture,
+      [&](int64_t at) {
+        value = Load(gradient + at);
+        place = __builtin_convertvector(
+            *reinterpret_cast<const UnalignedBytes*>(places + at), Integers);
+      },
+      [&](int number, int64_t at) {
+        float* sum = input_gradient + at;
+        Store<false>(sum, Load(sum) + (place == number ? value : Vector{}));
+      },
+      [](int64_t) {});
+}
+
+// Uninitialized memory for vectors.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(
+                  aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64)),
+              &free) {}
+
+  float* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float, decltype(&free)> data_;
+};
+
+// Convolves and pools pictures `begin` to `end`.
+template <int kIn, int kOut>
+void ConvolveAndPool(const Pictures& pictures, const float* input,
+                     const float* filter, const float* bias, int64_t begin,
+                     int64_t end, float* output, uint8_t* places) {
+  const Pictures picture = {1, pictures.height, pictures.width};
+  const int64_t pooled = PooledPixels(picture) * kOut;
+  const Buffer convolved(picture.pixels() * kOut);
+  const Buffer padded(PaddedSize<kIn>(picture));
+  for (; begin < end; ++begin) {
+    const float* image = input + begin * picture.pixels() * kIn;
+    if constexpr (kIn % kLanes == 0) {
+      Convolve<kIn, kOut, false, false>(picture, image, filter, {bias}, 0,
+                                        picture.tiles(), convolved.get());
+    } else {
+      Pad<kIn>(picture, image, padded.get());
+      ConvolvePadded<kIn, kOut>(picture, padded.get(), filter, bias,
+                                convolved.get());
+    }
+    PoolPicture<kOut>(picture, convolved.get(), output + begin * pooled,
+                      places + begin * pooled);
+  }
+}
+
+// As `Gradients`, for pictures `begin` to `end`, given the gradient of what
+// came out of the pool. That of an input with few channels isn't computed.
+template <int kIn, int kOut>
+void PooledGradients(const Pictures& pictures, const float* gradient,
+                     const uint8_t* places, const float* input,
+                     const float* filter, int64_t begin, int64_t end,
+                     float* input_gradient, float* sums) {
+  const Pictures picture = {1, pictures.height, pictures.width};
+  const int64_t pooled = PooledPixels(picture) * kOut;
+  const int64_t size = picture.pixels() * kIn;
+  const Buffer convolved(picture.pixels() * kOut);
+  const Buffer padded(PaddedSize<kIn>(picture));
+  for (; begin < end; ++begin) {
+    PoolGradient<kOut>(picture, gradient + begin * pooled,
+                       places + begin * pooled, convolved.get());
+    if constexpr (kIn % kLanes == 0) {
+      Gradients<kIn, kOut, false, false>(
+          picture, convolved.get(), input + begin * size, filter, {}, 0,
+          picture.tiles(), input_gradient + begin * size, sums);
+    } else {
+      Pad<kIn>(picture, input + begin * size, padded.get());
+      PaddedGradients<kIn, kOut>(picture, convolved.get(), padded.get(), sums);
+    }
   }
 }
 
@@ -464,6 +747,7 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
+using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 namespace errors = tensorflow::errors;
@@ -480,38 +764,54 @@ bool Supported() {
 struct Functions {
   int in;
   int out;
-  decltype(&TransformFilters<16, 16>) transform_filters;
+  int rows;  // Of a prepared filter.
+  decltype(&Prepare<16, 16>) prepare;
   decltype(&Convolve<16, 16, false, false>) convolve[2][2];  // [relu][stream]
   decltype(&Gradients<16, 16, false, false>) gradients[2][2];
+  decltype(&ConvolveAndPool<16, 16>) convolve_and_pool;
+  decltype(&PooledGradients<16, 16>) pooled_gradients;
   decltype(&FinishGradient<16, 16>) finish_gradient;
 };
 
 template <int kIn, int kOut>
 constexpr Functions For() {
-  return {
-      kIn,
-      kOut,
-      TransformFilters<kIn, kOut>,
-      {{Convolve<kIn, kOut, false, false>, Convolve<kIn, kOut, false, true>},
-       {Convolve<kIn, kOut, true, false>, Convolve<kIn, kOut, true, true>}},
-      {{Gradients<kIn, kOut, false, false>, Gradients<kIn, kOut, false, true>},
-       {Gradients<kIn, kOut, true, false>, Gradients<kIn, kOut, true, true>}},
-      FinishGradient<kIn, kOut>};
+  Functions functions = {kIn, kOut, Rows<kIn>(), Prepare<kIn, kOut>};
+  if constexpr (kIn % kLanes == 0) {
+    functions.convolve[0][0] = Convolve<kIn, kOut, false, false>;
+    functions.convolve[0][1] = Convolve<kIn, kOut, false, true>;
+    functions.convolve[1][0] = Convolve<kIn, kOut, true, false>;
+    functions.convolve[1][1] = Convolve<kIn, kOut, true, true>;
+    functions.gradients[0][0] = Gradients<kIn, kOut, false, false>;
+    functions.gradients[0][1] = Gradients<kIn, kOut, false, true>;
+    functions.gradients[1][0] = Gradients<kIn, kOut, true, false>;
+    functions.gradients[1][1] = Gradients<kIn, kOut, true, true>;
+  }
+  functions.convolve_and_pool = ConvolveAndPool<kIn, kOut>;
+  functions.pooled_gradients = PooledGradients<kIn, kOut>;
+  functions.finish_gradient = FinishGradient<kIn, kOut>;
+  return functions;
 }
 
-constexpr Functions kFunctions[] = {For<16, 16>(), For<16, 32>(), For<32, 16>(),
-                                    For<32, 32>()};
+// Pictures have 1, 3 or 4 channels.
+constexpr Functions kFunctions[] = {
+    For<1, 16>(), For<3, 16>(), For<4, 16>(), For<16, 16>(), For<32, 16>(),
+    For<1, 32>(), For<3, 32>(), For<4, 32>(), For<16, 32>(), For<32, 32>()};
 
 // Finds them for a filter, [3, 3, in, out].
-absl::Status Find(const TensorShape& filter, const Functions** functions) {
+absl::Status Find(const TensorShape& filter, bool pool,
+                  const Functions** functions) {
   for (const Functions& candidate : kFunctions) {
-    if (filter == TensorShape({3, 3, candidate.in, candidate.out})) {
+    if (filter == TensorShape({3, 3, candidate.in, candidate.out}) &&
+        (pool || candidate.convolve[0][0] != nullptr)) {
       *functions = &candidate;
       return absl::OkStatus();
     }
   }
-  return errors::InvalidArgument("A filter is [3, 3, 16 or 32, 16 or 32], not ",
-                                 filter.DebugString());
+  return errors::InvalidArgument(
+      "A filter is [3, 3, 16 or 32, 16 or 32], or before a pool [3, 3, 1, 3, "
+      "4, "
+      "16 or 32, 16 or 32], not ",
+      filter.DebugString());
 }
 
 // Checks that a tensor is [images, height, width, channels].
@@ -541,6 +841,18 @@ Pictures PicturesOf(const Tensor& tensor) {
   return {tensor.dim_size(0), tensor.dim_size(1), tensor.dim_size(2)};
 }
 
+TensorShape Pooled(const Tensor& pictures, int channels) {
+  TensorShape shape = WithChannels(pictures, channels);
+  shape.set_dim(1, Pool(shape.dim_size(1)).outputs);
+  shape.set_dim(2, Pool(shape.dim_size(2)).outputs);
+  return shape;
+}
+
+// About as many processor cycles as one of the pictures takes.
+int64_t Cycles(const Pictures& pictures, const Functions& functions) {
+  return pictures.pixels() * 9 * functions.in * functions.out / kLanes / 2;
+}
+
 // Calls work(begin, end) for parts of 0 to `total`, in TensorFlow's threads.
 template <typename Work>
 void Divide(OpKernelContext* context, int64_t total, int64_t cycles,
@@ -554,14 +866,65 @@ class Kernel : public OpKernel {
   explicit Kernel(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES(context, Supported(),
                 errors::Unimplemented("This processor has no AVX-512."));
+  }
+};
+
+absl::Status AllocateFloats(OpKernelContext* context, const TensorShape& shape,
+                            Tensor* tensor) {
+  return context->allocate_temp(tensorflow::DT_FLOAT, shape, tensor);
+}
+
+float* Floats(Tensor* tensor) { return tensor->flat<float>().data(); }
+
+const float* Floats(const Tensor& tensor) {
+  return tensor.flat<float>().data();
+}
+
+class Convolution : public Kernel {
+ public:
+  explicit Convolution(OpKernelConstruction* context) : Kernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
   }
 
- protected:
+  void Compute(OpKernelContext* context) override {
+    const Tensor& input = context->input(0);
+    const Tensor& filter = context->input(1);
+    const Tensor& bias = context->input(2);
+    const Functions* functions;
+    OP_REQUIRES_OK(context, Find(filter.shape(), false, &functions));
+    OP_REQUIRES_OK(context, CheckPictures(input, functions->in));
+    OP_REQUIRES_OK(context, CheckShape(bias, {functions->out}));
+    Epilogue epilogue = {Floats(bias)};
+    const TensorShape shape = WithChannels(input, functions->out);
+    if (context->num_inputs() > 3) {
+      const Tensor& residual = context->input(3);
+      OP_REQUIRES_OK(context, CheckShape(residual, shape));
+      epilogue.residual = Floats(residual);
+    }
+    Tensor prepared, *output;
+    OP_REQUIRES_OK(
+        context,
+        AllocateFloats(context, {functions->rows, functions->out}, &prepared));
+    OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
+    functions->prepare(Floats(filter), Floats(&prepared));
+    const Pictures pictures = PicturesOf(input);
+    const int64_t tiles = pictures.tiles();
+    const bool stream = output->TotalBytes() >= kStreamed;
+    Divide(context, (tiles + kTiles - 1) / kTiles,
+           kTiles * functions->rows * functions->out / kLanes,
+           [&](int64_t begin, int64_t end) {
+             functions->convolve[relu_][stream](
+                 pictures, Floats(input), Floats(prepared), epilogue,
+                 begin * kTiles, std::min(end * kTiles, tiles), Floats(output));
+           });
+  }
+
+ private:
   bool relu_;
 };
 
-class Convolution : public Kernel {
+// A convolution, followed by a pool.
+class PooledConvolution : public Kernel {
  public:
   using Kernel::Kernel;
 
@@ -570,34 +933,23 @@ class Convolution : public Kernel {
     const Tensor& filter = context->input(1);
     const Tensor& bias = context->input(2);
     const Functions* functions;
-    OP_REQUIRES_OK(context, Find(filter.shape(), &functions));
+    OP_REQUIRES_OK(context, Find(filter.shape(), true, &functions));
     OP_REQUIRES_OK(context, CheckPictures(input, functions->in));
     OP_REQUIRES_OK(context, CheckShape(bias, {functions->out}));
-    Epilogue epilogue = {bias.flat<float>().data()};
-    const TensorShape shape = WithChannels(input, functions->out);
-    if (context->num_inputs() > 3) {
-      const Tensor& residual = context->input(3);
-      OP_REQUIRES_OK(context, CheckShape(residual, shape));
-      epilogue.residual = residual.flat<float>().data();
-    }
-    Tensor transformed, *output;
+    const TensorShape shape = Pooled(input, functions->out);
+    Tensor prepared, *output, *places;
     OP_REQUIRES_OK(
-        context, context->allocate_temp(
-                     tensorflow::DT_FLOAT,
-                     {kProducts, functions->in, functions->out}, &transformed));
+        context,
+        AllocateFloats(context, {functions->rows, functions->out}, &prepared));
     OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
-    functions->transform_filters(filter.flat<float>().data(),
-                                 transformed.flat<float>().data());
+    OP_REQUIRES_OK(context, context->allocate_output(1, shape, &places));
+    functions->prepare(Floats(filter), Floats(&prepared));
     const Pictures pictures = PicturesOf(input);
-    const int64_t tiles = pictures.tiles();
-    const bool stream = output->TotalBytes() >= kStreamed;
-    Divide(context, (tiles + kTiles - 1) / kTiles,
-           kTiles * kProducts * functions->in * functions->out / kLanes,
+    Divide(context, pictures.images, Cycles(pictures, *functions),
            [&](int64_t begin, int64_t end) {
-             functions->convolve[relu_][stream](
-                 pictures, input.flat<float>().data(),
-                 transformed.flat<float>().data(), epilogue, begin * kTiles,
-                 std::min(end * kTiles, tiles), output->flat<float>().data());
+             functions->convolve_and_pool(
+                 pictures, Floats(input), Floats(prepared), Floats(bias), begin,
+                 end, Floats(output), places->flat<uint8_t>().data());
            });
   }
 };
@@ -615,74 +967,115 @@ void Turn(const Tensor& filter, Tensor* turned) {
   }
 }
 
+// The gradients of a convolution or, with kPool, of one and a pool.
+template <bool kPool>
 class Gradient : public Kernel {
  public:
-  using Kernel::Kernel;
+  explicit Gradient(OpKernelConstruction* context) : Kernel(context) {
+    if (!kPool) OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
 
   void Compute(OpKernelContext* context) override {
     const Tensor& gradient = context->input(0);
     const Tensor& input = context->input(1);
     const Tensor& filter = context->input(2);
-    const Functions *functions, *turned_functions;
-    OP_REQUIRES_OK(context, Find(filter.shape(), &functions));
-    const int64_t in = functions->in, out = functions->out;
-    const TensorShape turned_shape({3, 3, out, in});
-    OP_REQUIRES_OK(context, Find(turned_shape, &turned_functions));
+    const Functions* functions;
+    OP_REQUIRES_OK(context, Find(filter.shape(), kPool, &functions));
+    const int in = functions->in, out = functions->out;
     OP_REQUIRES_OK(context, CheckPictures(input, in));
-    OP_REQUIRES_OK(context, CheckShape(gradient, WithChannels(input, out)));
-
-    const Pictures pictures = PicturesOf(input);
-    const int64_t tiles = pictures.tiles();
-    const int64_t chunks = (tiles + kChunkTiles - 1) / kChunkTiles;
-    const int64_t size = (kProducts * in + 1) * out;
-    Tensor turned, transformed, sums;
-    OP_REQUIRES_OK(context, context->allocate_temp(tensorflow::DT_FLOAT,
-                                                   turned_shape, &turned));
-    OP_REQUIRES_OK(context,
-                   context->allocate_temp(tensorflow::DT_FLOAT,
-                                          {kProducts, out, in}, &transformed));
-    OP_REQUIRES_OK(context, context->allocate_temp(tensorflow::DT_FLOAT,
-                                                   {chunks, size}, &sums));
-    Tensor *input_gradient, *filter_gradient, *bias_gradient;
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(0, input.shape(), &input_gradient));
-    OP_REQUIRES_OK(
-        context, context->allocate_output(1, filter.shape(), &filter_gradient));
-    OP_REQUIRES_OK(context, context->allocate_output(2, {out}, &bias_gradient));
-
-    Turn(filter, &turned);
-    turned_functions->transform_filters(turned.flat<float>().data(),
-                                        transformed.flat<float>().data());
+    const TensorShape output =
+        kPool ? Pooled(input, out) : WithChannels(input, out);
+    OP_REQUIRES_OK(context, CheckShape(gradient, output));
+    const uint8_t* places = nullptr;
+    if (kPool) {
+      OP_REQUIRES_OK(context, CheckShape(context->input(3), output));
+      places = context->input(3).flat<uint8_t>().data();
+    }
+    Tensor prepared, *input_gradient = nullptr;
+    OP_REQUIRES(context, (in >= kLanes) == (context->num_outputs() > 2),
+                errors::InvalidArgument("Inputs of ", in, " channels have ",
+                                        in >= kLanes ? 1 : 0, " gradients."));
+    if (context->num_outputs() > 2) {
+      OP_REQUIRES_OK(context, PrepareTurned(context, filter, &prepared));
+      OP_REQUIRES_OK(
+          context, context->allocate_output(2, input.shape(), &input_gradient));
+    }
     Epilogue epilogue = {};
-    if (relu_) epilogue.mask = input.flat<float>().data();
+    if (relu_) epilogue.mask = Floats(input);
     const bool stream = input.TotalBytes() >= kStreamed;
-    float* const first = sums.flat<float>().data();
-    Divide(context, chunks, 2 * kChunkTiles * kProducts * in * out / kLanes,
+    const Pictures pictures = PicturesOf(input);
+
+    const int64_t total = kPool ? pictures.images : pictures.tiles();
+    const int64_t chunk = kPool ? kChunkImages : kChunkTiles;
+    const int64_t chunks = (total + chunk - 1) / chunk;
+    const int64_t size = (functions->rows + 1) * out;
+    Tensor sums;
+    OP_REQUIRES_OK(context, AllocateFloats(context, {chunks, size}, &sums));
+    const auto add = [&](int64_t begin, int64_t end, float* sums) {
+      memset(sums, 0, size * sizeof(float));
+      float* result = input_gradient ? Floats(input_gradient) : nullptr;
+      if (kPool) {
+        functions->pooled_gradients(pictures, Floats(gradient), places,
+                                    Floats(input), Floats(prepared), begin, end,
+                                    result, sums);
+      } else {
+        functions->gradients[relu_][stream](pictures, Floats(gradient),
+                                            Floats(input), Floats(prepared),
+                                            epilogue, begin, end, result, sums);
+      }
+    };
+    const int64_t cycles = 2 * Cycles(pictures, *functions);
+    Divide(context, chunks,
+           kPool ? chunk * cycles : pictures.images * cycles / (chunks + 1),
            [&](int64_t begin, int64_t end) {
              for (int64_t c = begin; c < end; ++c) {
-               functions->gradients[relu_][stream](
-                   pictures, gradient.flat<float>().data(),
-                   input.flat<float>().data(), transformed.flat<float>().data(),
-                   epilogue, c * kChunkTiles,
-                   std::min((c + 1) * kChunkTiles, tiles),
-                   input_gradient->flat<float>().data(), first + c * size);
+               add(c * chunk, std::min((c + 1) * chunk, total),
+                   Floats(&sums) + c * size);
              }
            });
-    Divide(context, in, chunks * kProducts * out / kLanes,
+    Finish(context, *functions, sums);
+  }
+
+ private:
+  static absl::Status PrepareTurned(OpKernelContext* context,
+                                    const Tensor& filter, Tensor* prepared) {
+    const TensorShape shape({3, 3, filter.dim_size(3), filter.dim_size(2)});
+    const Functions* functions;
+    TF_RETURN_IF_ERROR(Find(shape, false, &functions));
+    Tensor turned;
+    TF_RETURN_IF_ERROR(AllocateFloats(context, shape, &turned));
+    TF_RETURN_IF_ERROR(
+        AllocateFloats(context, {functions->rows, functions->out}, prepared));
+    Turn(filter, &turned);
+    functions->prepare(Floats(turned), Floats(prepared));
+    return absl::OkStatus();
+  }
+
+  // Makes what all chunks, [chunks, rows + 1, out], have summed two outputs.
+  static void Finish(OpKernelContext* context, const Functions& functions,
+                     const Tensor& sums) {
+    const int in = functions.in, out = functions.out;
+    const int64_t chunks = sums.dim_size(0);
+    Tensor *filter, *bias;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, {3, 3, in, out}, &filter));
+    OP_REQUIRES_OK(context, context->allocate_output(1, {out}, &bias));
+    Divide(context, in, chunks * functions.rows / in * out / kLanes,
            [&](int64_t begin, int64_t end) {
              for (int64_t i = begin; i < end; ++i) {
-               functions->finish_gradient(
-                   chunks, i, first, filter_gradient->flat<float>().data());
+               functions.finish_gradient(chunks, i, Floats(sums),
+                                         Floats(filter));
              }
            });
-    auto bias = bias_gradient->flat<float>();
-    bias.setZero();
-    for (int64_t c = 0; c < chunks; ++c) {
-      for (int64_t o = 0; o < out; ++o) {
-        bias(o) += first[(c + 1) * size - out + o];
-      }
+    auto total = bias->flat<float>();
+    total.setZero();
+    for (int64_t c = 1; c <= chunks; ++c) {
+      const float* last = Floats(sums) + (c * (functions.rows + 1) - 1) * out;
+      for (int o = 0; o < out; ++o) total(o) += last[o];
     }
   }
+
+  bool relu_ = false;
 };
 
 // [N, height, width, in], [3, 3, in, out] to [N, height, width, out].
@@ -693,6 +1086,33 @@ absl::Status ConvolutionShape(InferenceContext* context) {
   TF_RETURN_IF_ERROR(
       context->ReplaceDim(input, 3, context->Dim(filter, 3), &output));
   context->set_output(0, output);
+  return absl::OkStatus();
+}
+
+// The same with half of the height and width.
+absl::Status PooledShape(InferenceContext* context) {
+  TF_RETURN_IF_ERROR(ConvolutionShape(context));
+  ShapeHandle output = context->output(0);
+  for (int i : {1, 2}) {
+    DimensionHandle size;
+    TF_RETURN_IF_ERROR(context->Add(context->Dim(output, i), 1, &size));
+    TF_RETURN_IF_ERROR(context->Divide(size, 2, false, &size));
+    TF_RETURN_IF_ERROR(context->ReplaceDim(output, i, size, &output));
+  }
+  context->set_output(0, output);
+  context->set_output(1, output);
+  return absl::OkStatus();
+}
+
+// Of filter, bias and, perhaps, input.
+absl::Status GradientShape(InferenceContext* context) {
+  ShapeHandle filter;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(2), 4, &filter));
+  context->set_output(0, filter);
+  context->set_output(1, context->Vector(context->Dim(filter, 3)));
+  for (int i = 2; i < context->num_outputs(); ++i) {
+    context->set_output(i, context->input(1));
+  }
   return absl::OkStatus();
 }
 
@@ -717,24 +1137,50 @@ REGISTER_OP("Conv3x3Gradient")
     .Input("gradient: float")
     .Input("input: float")
     .Input("filter: float")
-    .Output("input_gradient: float")
     .Output("filter_gradient: float")
     .Output("bias_gradient: float")
+    .Output("input_gradient: float")
     .Attr("relu: bool")
-    .SetShapeFn([](InferenceContext* context) {
-      ShapeHandle filter;
-      TF_RETURN_IF_ERROR(context->WithRank(context->input(2), 4, &filter));
-      context->set_output(0, context->input(1));
-      context->set_output(1, filter);
-      context->set_output(2, context->Vector(context->Dim(filter, 3)));
-      return absl::OkStatus();
-    })
+    .SetShapeFn(GradientShape)
     .Doc("The gradients of `Conv3x3`, given that of its output.");
+
+REGISTER_OP("Conv3x3Pool")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("bias: float")
+    .Output("output: float")
+    .Output("places: uint8")
+    .SetShapeFn(PooledShape)
+    .Doc(R"doc(
+As `Conv3x3` followed by the maximum of 3x3 pixels, with stride 2.
+
+places: which of the nine it is.
+)doc");
+
+REGISTER_OP("Conv3x3PoolGradient")
+    .Input("gradient: float")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("places: uint8")
+    .Output("filter_gradient: float")
+    .Output("bias_gradient: float")
+    .Output("input_gradient: num_input_gradients * float")
+    .Attr("num_input_gradients: int >= 0")
+    .SetShapeFn(GradientShape)
+    .Doc(R"doc(
+The gradients of `Conv3x3Pool`, given that of its output.
+
+input_gradient: one, or none if the input has less than 16 channels.
+)doc");
 
 REGISTER_KERNEL_BUILDER(Name("Conv3x3").Device(tensorflow::DEVICE_CPU),
                         Convolution);
 REGISTER_KERNEL_BUILDER(Name("Conv3x3Gradient").Device(tensorflow::DEVICE_CPU),
-                        Gradient);
+                        Gradient<false>);
+REGISTER_KERNEL_BUILDER(Name("Conv3x3Pool").Device(tensorflow::DEVICE_CPU),
+                        PooledConvolution);
+REGISTER_KERNEL_BUILDER(
+    Name("Conv3x3PoolGradient").Device(tensorflow::DEVICE_CPU), Gradient<true>);
 
 }  // namespace
 }  // namespace impala

@@ -437,16 +437,15 @@ _RELU_INIT = snt.initializers.VarianceScaling(2.0)
 
 
 class _Convolution(snt.Conv2D):
-  """A convolution of 3x3 pixels after a ReLU and before a residual, if any."""
+  """The variables of a convolution of 3x3 pixels."""
 
-  def __init__(self, channels, convolve):
+  def __init__(self, channels):
     super().__init__(channels, 3, name='conv2_d')
-    self._convolve = convolve
 
-  def __call__(self, frame, relu=False, residual=None):
-    """Maps float32 [N, height, width, in] to [N, height, width, channels]."""
+  def __call__(self, frame, convolve, **options):
+    """Returns what a function of `convolution` makes of float32 [N, ...]."""
     self._initialize(frame)
-    return self._convolve(frame, self.w, self.b, relu, residual)
+    return convolve(frame, self.w, self.b, **options)
 
 
 class _DeepEncoder(snt.Module):
@@ -454,29 +453,30 @@ class _DeepEncoder(snt.Module):
 
   def __init__(self, precision):
     super().__init__('deep')
-    # TensorFlow rewrites none but its own operations.
-    convolve = {
-      'float32': convolution.convolve,
-      'bfloat16': convolution.convolve_by_tensorflow,
-    }[precision]
-
-    def conv(channels):
-      return _Convolution(channels, convolve)
+    # It rewrites none but its own operations.
+    self._by_tensorflow = precision == 'bfloat16'
 
     self._sections = [
-      (conv(channels), [(conv(channels), conv(channels)) for _ in range(2)])
+      (
+        _Convolution(channels),
+        [(_Convolution(channels), _Convolution(channels)) for _ in range(2)],
+      )
       for channels in (16, 32, 32)
     ]
     self._linear = snt.Linear(256, w_init=_RELU_INIT)
 
   def __call__(self, frame):
     """Maps float32 [N, height, width, channels] to [N, 256]."""
+    convolve, convolve_and_pool = (
+      functools.partial(function, by_tensorflow=self._by_tensorflow)
+      for function in (convolution.convolve, convolution.convolve_and_pool)
+    )
     output = frame
     for conv, blocks in self._sections:
-      output = tf.nn.max_pool2d(conv(output), 3, strides=2, padding='SAME')
+      output = conv(output, convolve_and_pool)
       for first, second in blocks:
-        hidden = first(output, relu=True)
-        output = second(hidden, relu=True, residual=output)
+        hidden = first(output, convolve, relu=True)
+        output = second(hidden, convolve, relu=True, residual=output)
     return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(output))))
 
 

@@ -61,6 +61,44 @@ def numpy_gradients(frames, weights, relu, gradient):
   return frames_gradient * positive, weights_gradient, gradient.sum((0, 1, 2))
 
 
+def pooled_size(size):
+  """Returns the outputs of a pool, and what is before its first window."""
+  # TensorFlow's rule for 'SAME': an uneven pixel of padding is at the end.
+  outputs = (size + 1) // 2
+  return outputs, ((outputs - 1) * 2 + 3 - size) // 2
+
+
+def numpy_windows(frames):
+  """Returns the 9 numbers of each window, [9, N, height, width, channels].
+
+  What is outside of the picture is -inf.
+  """
+  (height, above), (width, left) = map(pooled_size, frames.shape[1:3])
+  padded = np.pad(
+    frames,
+    ((0, 0), (above, 3), (left, 3), (0, 0)),
+    constant_values=-np.inf,
+  )
+  return np.stack(
+    [
+      padded[:, y : y + 2 * height : 2, x : x + 2 * width : 2]
+      for y, x in itertools.product(range(3), repeat=2)
+    ]
+  )
+
+
+def numpy_pool_gradient(gradient, places, size):
+  """Returns the gradient of what a pool of `places` of windows took."""
+  (_, above), (_, left) = map(pooled_size, size)
+  batch_size, height, width, channels = gradient.shape
+  padded = np.zeros((batch_size, size[0] + 4, size[1] + 4, channels))
+  for number, (y, x) in enumerate(itertools.product(range(3), repeat=2)):
+    padded[:, y : y + 2 * height : 2, x : x + 2 * width : 2] += gradient * (
+      places == number
+    )
+  return padded[:, above : above + size[0], left : left + size[1]]
+
+
 def assert_close(actual, expected):
   """Their difference is small beside the size of the expected numbers."""
   assert actual.shape == expected.shape
@@ -82,6 +120,11 @@ def run(function, arrays, threads=0):
 
 def gradients(frames, weights, biases, gradient, relu=True):
   output = convolution.convolve(frames, weights, biases, relu)
+  return tf.gradients(output, [frames, weights, biases], gradient)
+
+
+def pooled_gradients(frames, weights, biases, gradient):
+  output = convolution.convolve_and_pool(frames, weights, biases)
   return tf.gradients(output, [frames, weights, biases], gradient)
 
 
@@ -119,6 +162,72 @@ def test_convolution_and_its_gradients(size, channels, relu):
     assert_close(result, right)
 
 
+POOLED_SIZES = [
+  *((1, 1, 1), (2, 3, 5), (3, 7, 6), (1, 4, 13), (9, 18, 24), (2, 11, 11)),
+  *((5, 36, 25), (1, 72, 96)),
+]
+
+
+@needs_ops
+@pytest.mark.parametrize(
+  'channels', [(i, o) for i in (1, 3, 4, 16, 32) for o in (16, 32)]
+)
+@pytest.mark.parametrize('size', POOLED_SIZES)
+def test_pooled_convolution_and_its_gradients(size, channels):
+  frames, weights, biases, _ = random_arrays(10, *size, *channels)
+  candidates = numpy_windows(
+    numpy_convolve(frames, weights, biases, False, None)
+  )
+  gradient = np.random.default_rng(11).normal(size=candidates.shape[1:])
+  gradient = gradient.astype(np.float32)
+
+  def build(frames, weights, biases, gradient):
+    output = convolution.convolve_and_pool(frames, weights, biases)
+    assert output.op.type == 'Conv3x3Pool'
+    assert output.shape == gradient.shape
+    inputs = [frames, weights, biases]
+    results = tf.gradients(output, inputs, gradient)
+    assert [r.shape for r in results] == [i.shape for i in inputs]
+    return *output.op.outputs, *results
+
+  arrays = [frames, weights, biases, gradient]
+  output, places, *results = run(build, arrays)
+  assert_close(output, candidates.max(0))
+  # Of nearly equal ones either is right.
+  chosen = np.take_along_axis(candidates, places[np.newaxis].astype(int), 0)[0]
+  assert_close(output, chosen)
+  expected = numpy_gradients(
+    *(frames, weights, False),
+    numpy_pool_gradient(gradient, places, frames.shape[1:3]),
+  )
+  for result, right in zip(results, expected, strict=True):
+    assert_close(result, right)
+
+
+@needs_ops
+def test_of_equal_pixels_one_has_the_pools_gradient():
+  frames = np.zeros((1, 6, 6, 3), np.float32)
+  weights, biases = np.ones((3, 3, 3, 16), np.float32), np.ones(16, np.float32)
+
+  def build(frames, weights, biases):
+    output = convolution.convolve_and_pool(frames, weights, biases)
+    return output, tf.gradients(output, biases)[0]
+
+  output, biases_gradient = run(build, [frames, weights, biases])
+  np.testing.assert_array_equal(output, np.ones((1, 3, 3, 16)))
+  np.testing.assert_array_equal(biases_gradient, [9] * 16)
+
+
+@needs_ops
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_pool_keeps_what_all_pixels_are(value):
+  frames, weights, biases, _ = random_arrays(12, 1, 8, 8, 3, 16)
+  biases[5] = value
+  output = run(convolution.convolve_and_pool, [frames, weights, biases])
+  np.testing.assert_array_equal(output[..., 5], np.full((1, 4, 4), value))
+  assert np.isfinite(np.delete(output, 5, axis=-1)).all()
+
+
 @needs_ops
 def test_residual_is_added_and_has_the_outputs_gradient():
   arrays = random_arrays(2, 3, 10, 13, 32, 16)
@@ -142,34 +251,75 @@ def test_other_channels_are_left_to_tensorflow(channels):
     return convolution.convolve(frames, weights, biases, True, residual)
 
   frames, weights, biases, residual = arrays
-  assert_close(
-    run(build, arrays), numpy_convolve(frames, weights, biases, True, residual)
-  )
+  expected = numpy_convolve(frames, weights, biases, True, residual)
+  assert_close(run(build, arrays), expected)
+
+
+@pytest.mark.parametrize('channels', [(2, 16), (3, 8), (64, 64)])
+def test_pooling_other_channels_is_left_to_tensorflow(channels):
+  frames, weights, biases, _ = random_arrays(4, 2, 6, 7, *channels)
+  output = run(convolution.convolve_and_pool, [frames, weights, biases])
+  expected = numpy_convolve(frames, weights, biases, False, None)
+  assert_close(output, numpy_windows(expected).max(0))
 
 
 @needs_ops
-def test_no_frames():
+def test_tensorflow_alone_on_request():
+  arrays = random_arrays(13, 2, 8, 9, 16, 16)
+
+  def build(frames, weights, biases, residual):
+    results = [
+      convolution.convolve(
+        *(frames, weights, biases, True, residual), by_tensorflow=True
+      ),
+      convolution.convolve_and_pool(
+        frames, weights, biases, by_tensorflow=True
+      ),
+    ]
+    types = {op.type for op in frames.graph.get_operations()}
+    assert not types & {'Conv3x3', 'Conv3x3Pool'}
+    return results
+
+  frames, weights, biases, residual = arrays
+  output, pooled = run(build, arrays)
+  assert_close(output, numpy_convolve(frames, weights, biases, True, residual))
+  expected = numpy_convolve(frames, weights, biases, False, None)
+  assert_close(pooled, numpy_windows(expected).max(0))
+
+
+@needs_ops
+@pytest.mark.parametrize('function', [gradients, pooled_gradients])
+def test_no_frames(function):
   frames, weights, biases, gradient = random_arrays(5, 0, 5, 5, 16, 16)
-  results = run(gradients, [frames, weights, biases, gradient])
+  if function is pooled_gradients:
+    gradient = gradient[:, :3, :3]
+  results = run(function, [frames, weights, biases, gradient])
   assert results[0].shape == (0, 5, 5, 16)
   assert not results[1].any()
   assert not results[2].any()
 
 
 @needs_ops
-def test_results_do_not_depend_on_threads():
-  arrays = random_arrays(6, 30, 18, 24, 32, 32)
-  one, many = (run(gradients, arrays, threads) for threads in (1, 5))
+@pytest.mark.parametrize('function', [gradients, pooled_gradients])
+def test_results_do_not_depend_on_threads(function):
+  frames, weights, biases, gradient = random_arrays(6, 30, 18, 24, 32, 32)
+  if function is pooled_gradients:
+    gradient = gradient[:, :9, :12]
+  arrays = [frames, weights, biases, gradient]
+  one, many = (run(function, arrays, threads) for threads in (1, 5))
   for a, b in zip(one, many, strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 @needs_ops
-def test_a_frame_is_convolved_the_same_whatever_is_beside_it():
+@pytest.mark.parametrize(
+  'function', [convolution.convolve, convolution.convolve_and_pool]
+)
+def test_a_frame_is_convolved_the_same_whatever_is_beside_it(function):
   frames, weights, biases, _ = random_arrays(7, 7, 9, 12, 16, 32)
 
   def outputs(frames):
-    return run(convolution.convolve, [frames, weights, biases])
+    return run(function, [frames, weights, biases])
 
   together = outputs(frames)
   for number in range(7):
@@ -215,14 +365,32 @@ def test_op_refuses_wrong_shapes(shapes, message):
 
 
 @needs_ops
-def test_gradient_op_refuses_wrong_shapes():
+def test_gradient_ops_refuse_wrong_shapes():
   frames, weights, _, gradient = random_arrays(9, 2, 4, 4, 16, 32)
+  pooled = gradient[:, :2, :2]
+  places = np.zeros(pooled.shape, np.uint8)
+  ops = convolution._library()
   with tf.Graph().as_default(), tf.Session() as session:
-    results = convolution._library().conv3x3_gradient(
-      gradient[:1], frames, weights, relu=False
-    )
-    with pytest.raises(tf.errors.InvalidArgumentError, match='Expected'):
-      session.run(results)
+    for results, message in [
+      (
+        ops.conv3x3_gradient(gradient[:1], frames, weights, relu=False),
+        'Expected \\[2,4,4,32\\]',
+      ),
+      (
+        ops.conv3x3_pool_gradient(gradient, frames, weights, places, 1),
+        'Expected \\[2,2,2,32\\]',
+      ),
+      (
+        ops.conv3x3_pool_gradient(pooled, frames, weights, places[:1], 1),
+        'Expected \\[2,2,2,32\\]',
+      ),
+      (
+        ops.conv3x3_pool_gradient(pooled, frames, weights, places, 0),
+        'have 1 gradients',
+      ),
+    ]:
+      with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        session.run(results)
 
 
 _PROGRAM = """
