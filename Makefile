@@ -39,7 +39,7 @@ test: ops lint
 benchmark: SHELL = /bin/bash -o pipefail
 benchmark: ops
 	mkdir -p logs/benchmark
-	{ for question in vtrace batching py_process; do \
+	{ for question in vtrace batching convolution py_process; do \
 	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question || exit; \
 	done; for question in throughput scaling; do \
 	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question \

@@ -1,10 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Convolutions of 3x3 pixels, in a fraction of the time TensorFlow takes.
+"""Convolutions of 3x3 pixels, in about half of the time TensorFlow takes.
 
 The paper's deep network spends nearly all of its time in convolutions of 16 or
 32 channels, and TensorFlow's are made for many more. On processors with AVX-512
 `convolve` uses operations of our own (`convolution_ops.cc`, built by `make
 ops`), everywhere else, as on GPUs, TensorFlow's; results differ in rounding.
+They are for graphs, not for eager execution.
 """
 
 import ctypes
@@ -30,8 +31,8 @@ def _library():
   """
   if not os.path.exists(_LIBRARY):
     logging.getLogger(__name__).warning(
-      'convolution_ops.so is not built: convolutions take about twice as long. '
-      'Run "make ops" to build it.'
+      'convolution_ops.so is not built: on a processor with AVX-512, '
+      'convolutions take about twice as long. Run "make ops" to build it.'
     )
     return None
   try:
@@ -101,8 +102,13 @@ def convolve_and_pool(frames, weights, biases, by_tensorflow=False):
 
 def _can_convolve(weights, in_channels):
   """Returns whether our own operations can, given those for the input."""
-  *_, weights_in, weights_out = weights.shape.as_list()
-  return available() and weights_in in in_channels and weights_out in _CHANNELS
+  *size, weights_in, weights_out = weights.shape.as_list()
+  return (
+    available()
+    and size == [3, 3]
+    and weights_in in in_channels
+    and weights_out in _CHANNELS
+  )
 
 
 @tf.RegisterGradient('Conv3x3')

@@ -23,6 +23,7 @@
 // threads; so neither does the result.
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -117,10 +118,13 @@ struct Epilogue {
 };
 
 // The only functions with instructions of AVX-512: no code that runs while the
-// library is loaded may have them.
-#ifdef __x86_64__
+// library is loaded may have them. Clang knows no such pragma.
+#if defined(__x86_64__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx512f")
+constexpr bool kCompiled = true;
+#else
+constexpr bool kCompiled = false;
 #endif
 
 inline Vector Load(const float* place) {
@@ -341,8 +345,9 @@ void Convolve(const Pictures& pictures, const float* input, const float* filter,
               const Epilogue& epilogue, int64_t begin, int64_t end,
               float* output) {
   constexpr int kStride = std::max(kIn, kOut);
+  alignas(64) float block[kProducts * kTiles * kStride];
   // A last block may be part of one, but is multiplied as a whole.
-  alignas(64) float block[kProducts * kTiles * kStride] = {};
+  if ((end - begin) % kTiles != 0) memset(block, 0, sizeof(block));
   for (; begin < end; begin += kTiles) {
     const int count = std::min<int64_t>(kTiles, end - begin);
     const Tile tile(pictures, begin);
@@ -382,7 +387,8 @@ template <int kIn, int kOut>
 void AddProducts(const float* inputs, const float* gradients, int count,
                  float* sums) {
   constexpr int kVectors = kOut / kLanes;
-  constexpr int kRows = 16 / kVectors;  // As many as there are registers for.
+  // With more rows at once, sums wouldn't all stay in registers.
+  constexpr int kRows = 16 / kVectors;
   for (int p = 0; p < kProducts; ++p) {
     for (int row = 0; row < kIn; row += kRows) {
       Vector sum[kRows][kVectors];
@@ -577,7 +583,7 @@ void PaddedGradients(const Pictures& picture, const float* gradient,
 }
 
 // Maxima of 3x3 pixels around every second one of every second line. As
-// elsewhere in TensorFlow, an uneven pixel of padding is at the end.
+// elsewhere in TensorFlow, an odd pixel of padding is at the end.
 struct Pool {
   explicit Pool(int64_t size)
       : outputs((size + 1) / 2), before(size % 2 == 0 ? 0 : 1) {}
@@ -591,8 +597,8 @@ int64_t PooledPixels(const Pictures& picture) {
 }
 
 // For each window and vector of channels, calls begin(output), visit(place of
-// 9, input) for what is inside of the picture, and end(output), with the places
-// of numbers.
+// 9, input) for what is inside of the picture, and end(output); outputs and
+// inputs are offsets of numbers.
 template <int kChannels, typename Begin, typename Visit, typename End>
 inline void VisitWindows(const Pictures& picture, const Begin& begin,
                          const Visit& visit, const End& end) {
@@ -680,7 +686,12 @@ class Buffer {
   explicit Buffer(int64_t size)
       : data_(static_cast<float*>(
                   aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64)),
-              &free) {}
+              &free) {
+    if (data_ == nullptr) {
+      fputs("No memory left for a convolution.\n", stderr);
+      abort();
+    }
+  }
 
   float* get() const { return data_.get(); }
 
@@ -738,7 +749,7 @@ void PooledGradients(const Pictures& pictures, const float* gradient,
   }
 }
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(__clang__)
 #pragma GCC pop_options
 #endif
 
@@ -754,7 +765,7 @@ namespace errors = tensorflow::errors;
 
 bool Supported() {
 #ifdef __x86_64__
-  return __builtin_cpu_supports("avx512f");
+  return kCompiled && __builtin_cpu_supports("avx512f");
 #else
   return false;
 #endif
@@ -808,9 +819,8 @@ absl::Status Find(const TensorShape& filter, bool pool,
     }
   }
   return errors::InvalidArgument(
-      "A filter is [3, 3, 16 or 32, 16 or 32], or before a pool [3, 3, 1, 3, "
-      "4, "
-      "16 or 32, 16 or 32], not ",
+      "A filter is [3, 3, in, out] with in and out 16 or 32, in also 1, 3 or 4 "
+      "before a pool; not ",
       filter.DebugString());
 }
 
@@ -894,6 +904,8 @@ class Convolution : public Kernel {
     OP_REQUIRES_OK(context, Find(filter.shape(), false, &functions));
     OP_REQUIRES_OK(context, CheckPictures(input, functions->in));
     OP_REQUIRES_OK(context, CheckShape(bias, {functions->out}));
+    OP_REQUIRES(context, context->num_inputs() <= 4,
+                errors::InvalidArgument("More than one residual."));
     Epilogue epilogue = {Floats(bias)};
     const TensorShape shape = WithChannels(input, functions->out);
     if (context->num_inputs() > 3) {
@@ -992,7 +1004,7 @@ class Gradient : public Kernel {
       places = context->input(3).flat<uint8_t>().data();
     }
     Tensor prepared, *input_gradient = nullptr;
-    OP_REQUIRES(context, (in >= kLanes) == (context->num_outputs() > 2),
+    OP_REQUIRES(context, context->num_outputs() == (in < kLanes ? 2 : 3),
                 errors::InvalidArgument("Inputs of ", in, " channels have ",
                                         in >= kLanes ? 1 : 0, " gradients."));
     if (context->num_outputs() > 2) {
@@ -1051,7 +1063,7 @@ class Gradient : public Kernel {
     return absl::OkStatus();
   }
 
-  // Makes what all chunks, [chunks, rows + 1, out], have summed two outputs.
+  // Adds up the sums of chunks, [chunks, rows + 1, out], for two outputs.
   static void Finish(OpKernelContext* context, const Functions& functions,
                      const Tensor& sums) {
     const int in = functions.in, out = functions.out;
@@ -1080,11 +1092,19 @@ class Gradient : public Kernel {
 
 // [N, height, width, in], [3, 3, in, out] to [N, height, width, out].
 absl::Status ConvolutionShape(InferenceContext* context) {
-  ShapeHandle input, filter, output;
+  ShapeHandle input, filter, bias, output;
   TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &input));
   TF_RETURN_IF_ERROR(context->WithRank(context->input(1), 4, &filter));
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(2), 1, &bias));
+  DimensionHandle in, out;
   TF_RETURN_IF_ERROR(
-      context->ReplaceDim(input, 3, context->Dim(filter, 3), &output));
+      context->Merge(context->Dim(input, 3), context->Dim(filter, 2), &in));
+  TF_RETURN_IF_ERROR(
+      context->Merge(context->Dim(bias, 0), context->Dim(filter, 3), &out));
+  TF_RETURN_IF_ERROR(context->ReplaceDim(input, 3, out, &output));
+  for (int i = 3; i < context->num_inputs(); ++i) {
+    TF_RETURN_IF_ERROR(context->Merge(context->input(i), output, &output));
+  }
   context->set_output(0, output);
   return absl::OkStatus();
 }

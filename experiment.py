@@ -210,9 +210,10 @@ flags.DEFINE_enum(
   'precision',
   'float32',
   ['float32', 'bfloat16'],
-  'Of the convolutions on the CPU, and of what is between two of them: '
-  'bfloat16 is faster where the processor has it. Everything else, parameters, '
-  'losses and V-trace too, is float32.',
+  'Of the convolutions on the CPU, and of what is between two of them. In '
+  'bfloat16 they are computed by TensorFlow, not by our own operations for '
+  'processors with AVX-512, which make float32 faster there. Everything else, '
+  'parameters, losses and V-trace too, is float32.',
 )
 flags.DEFINE_float(
   'entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0
@@ -444,7 +445,7 @@ class _Convolution(snt.Conv2D):
 
   def __call__(self, frame, convolve, **options):
     """Returns what a function of `convolution` makes of float32 [N, ...]."""
-    self._initialize(frame)
+    self._initialize(frame)  # Sonnet's, which makes the variables.
     return convolve(frame, self.w, self.b, **options)
 
 
@@ -453,7 +454,7 @@ class _DeepEncoder(snt.Module):
 
   def __init__(self, precision):
     super().__init__('deep')
-    # It rewrites none but its own operations.
+    # TensorFlow rewrites none but its own operations to bfloat16.
     self._by_tensorflow = precision == 'bfloat16'
 
     self._sections = [

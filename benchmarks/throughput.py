@@ -52,12 +52,12 @@ def step_flops(height, width, channels, num_actions):
     agent((tf.zeros([1], tf.int32), env_output), agent.initial_state(1))
     products = 0
     for op in graph.get_operations():
-      # Each weight is used once for each place of the output, which a pool has
-      # not made fewer. The rows of the instruction's encoder are unknown: there
-      # is none.
+      # Each weight is used once for each place of the output, of which a pool
+      # leaves a quarter. The rows of the instruction's encoder are unknown:
+      # there is none.
       if op.type in ('Conv2D', 'Conv3x3', 'Conv3x3Pool', 'MatMul'):
-        like = op.inputs[0] if op.type.startswith('Conv') else op.outputs[0]
-        places = like.shape[:-1].num_elements() or 0
+        places = (op.inputs if op.type == 'Conv3x3Pool' else op.outputs)[0]
+        places = places.shape[:-1].num_elements() or 0
         products += places * op.inputs[1].shape.num_elements()
   return 4 * 2 * products
 

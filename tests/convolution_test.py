@@ -63,7 +63,7 @@ def numpy_gradients(frames, weights, relu, gradient):
 
 def pooled_size(size):
   """Returns the outputs of a pool, and what is before its first window."""
-  # TensorFlow's rule for 'SAME': an uneven pixel of padding is at the end.
+  # TensorFlow's rule for 'SAME': an odd pixel of padding is at the end.
   outputs = (size + 1) // 2
   return outputs, ((outputs - 1) * 2 + 3 - size) // 2
 
@@ -106,14 +106,11 @@ def assert_close(actual, expected):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4 * scale)
 
 
-def run(function, arrays, threads=0):
+def run(function, arrays, config=None):
   """Returns what a function of tensors gives for arrays."""
   with tf.Graph().as_default():
-    config = tf.ConfigProto(intra_op_parallelism_threads=threads)
     placeholders = [tf.placeholder(a.dtype, a.shape) for a in arrays]
     results = function(*placeholders)
-    # Another pool of threads than other sessions have.
-    config.use_per_session_threads = True
     with tf.Session(config=config) as session:
       return session.run(results, dict(zip(placeholders, arrays, strict=True)))
 
@@ -145,6 +142,7 @@ SIZES = [
 @pytest.mark.parametrize('size', SIZES)
 def test_convolution_and_its_gradients(size, channels, relu):
   frames, weights, biases, gradient = random_arrays(1, *size, *channels)
+  frames[..., 3] = 0  # The ReLU's gradient is zero there, too.
 
   def build(frames, weights, biases, gradient):
     output = convolution.convolve(frames, weights, biases, relu)
@@ -211,10 +209,11 @@ def test_of_equal_pixels_one_has_the_pools_gradient():
 
   def build(frames, weights, biases):
     output = convolution.convolve_and_pool(frames, weights, biases)
-    return output, tf.gradients(output, biases)[0]
+    return *output.op.outputs, tf.gradients(output, biases)[0]
 
-  output, biases_gradient = run(build, [frames, weights, biases])
+  output, places, biases_gradient = run(build, [frames, weights, biases])
   np.testing.assert_array_equal(output, np.ones((1, 3, 3, 16)))
+  np.testing.assert_array_equal(places, np.zeros((1, 3, 3, 16)))
   np.testing.assert_array_equal(biases_gradient, [9] * 16)
 
 
@@ -301,12 +300,17 @@ def test_no_frames(function):
 
 @needs_ops
 @pytest.mark.parametrize('function', [gradients, pooled_gradients])
-def test_results_do_not_depend_on_threads(function):
+def test_results_do_not_depend_on_threads(function, monkeypatch):
+  # Else the process has the threads of its first session.
+  monkeypatch.setenv('TF_OVERRIDE_GLOBAL_THREADPOOL', '1')
   frames, weights, biases, gradient = random_arrays(6, 30, 18, 24, 32, 32)
   if function is pooled_gradients:
     gradient = gradient[:, :9, :12]
   arrays = [frames, weights, biases, gradient]
-  one, many = (run(function, arrays, threads) for threads in (1, 5))
+  one, many = (
+    run(function, arrays, tf.ConfigProto(intra_op_parallelism_threads=threads))
+    for threads in (1, 5)
+  )
   for a, b in zip(one, many, strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -349,6 +353,10 @@ def test_nan_is_not_hidden_by_the_relu():
     (([4, 4, 16], [3, 3, 16, 16], [16]), 'Expected pictures of 16'),
     (([1, 4, 4, 16], [3, 3, 16, 16], [32]), 'Expected \\[16\\]'),
     (([1, 4, 4, 16], [3, 3, 16, 16], [16], [1, 4, 5, 16]), 'Expected \\[1,4,4'),
+    (
+      ([1, 4, 4, 16], [3, 3, 16, 16], [16], *[[1, 4, 4, 16]] * 2),
+      'More than one',
+    ),
   ],
 )
 def test_op_refuses_wrong_shapes(shapes, message):
@@ -412,7 +420,7 @@ def run_program(folder):
   return subprocess.run(
     [sys.executable, '-c', _PROGRAM],
     cwd=folder,
-    env={'PATH': '', 'TF_CPP_MIN_LOG_LEVEL': '3'},
+    env={'CUDA_VISIBLE_DEVICES': '', 'TF_CPP_MIN_LOG_LEVEL': '3'},
     capture_output=True,
     text=True,
   )
