@@ -85,7 +85,7 @@ def _times(batch_size, layer, rounds):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--rounds', type=int, default=15, help='turns of each')
+  parser.add_argument('--rounds', type=int, default=9, help='turns of each')
   args = parser.parse_args()
   print(f'Matrix products: {common.matrix_rate() / 1e9:.0f} GFLOP/s')
   rows = []

@@ -177,7 +177,7 @@ def _measure(pipes, num_processes, num_calls, num_rounds):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--calls', type=int, default=9600, help='per round')
+  parser.add_argument('--calls', type=int, default=6000, help='per round')
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
   tf.logging.set_verbosity(tf.logging.ERROR)

@@ -8,6 +8,7 @@ an otherwise idle machine:
 """
 
 import argparse
+import functools
 import statistics
 
 import matplotlib.pyplot as plt
@@ -26,12 +27,9 @@ _SWEEPS = {
 }
 
 
-def _measure(sweep, seconds):
-  """Returns, per value, the result of `common.train`."""
-  return {
-    value: common.train(common.flags_of(common.FRAMES, *setting), seconds)
-    for value, setting in sweep.items()
-  }
+@functools.cache  # Two sweeps share a setting.
+def _measure(setting, seconds):
+  return common.train(common.flags_of(common.FRAMES, *setting), seconds)
 
 
 def _plot(path, results):
@@ -57,7 +55,12 @@ def main():
   parser.add_argument('--plot', help='path of a picture of the result')
   args = parser.parse_args()
   print(f'Matrix products: {common.matrix_rate() / 1e9:.0f} GFLOP/s\n')
-  results = {n: _measure(sweep, args.seconds) for n, sweep in _SWEEPS.items()}
+  results = {
+    name: {
+      value: _measure(setting, args.seconds) for value, setting in sweep.items()
+    }
+    for name, sweep in _SWEEPS.items()
+  }
   common.print_table(
     ['', '', 'frames/s', 'spread', 'first update s', 'memory MB'],
     [

@@ -76,7 +76,7 @@ def _plot(path, rates, bound):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--seconds', type=int, default=20, help='per training')
+  parser.add_argument('--seconds', type=int, default=15, help='per training')
   parser.add_argument(
     '--only', nargs='+', choices=_SETTINGS, default=list(_SETTINGS)
   )
