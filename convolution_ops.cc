@@ -21,6 +21,10 @@
 // the filter transforms inputs and outputs' gradients, multiplies them and sums
 // up the products, for chunks of tiles that don't depend on the number of
 // threads; so neither does the result.
+//
+// A convolution that a pool follows is computed with it, picture by picture, so
+// that what is between both stays in the cache. There, and only there, pictures
+// of 1, 3 or 4 channels are convolved pixel by pixel.
 
 #include <algorithm>
 #include <cstdio>
@@ -841,26 +845,25 @@ absl::Status CheckShape(const Tensor& tensor, const TensorShape& shape) {
                                  tensor.shape().DebugString());
 }
 
-TensorShape WithChannels(const Tensor& pictures, int channels) {
-  TensorShape shape = pictures.shape();
-  shape.set_dim(3, channels);
-  return shape;
-}
-
 Pictures PicturesOf(const Tensor& tensor) {
   return {tensor.dim_size(0), tensor.dim_size(1), tensor.dim_size(2)};
 }
 
-TensorShape Pooled(const Tensor& pictures, int channels) {
-  TensorShape shape = WithChannels(pictures, channels);
-  shape.set_dim(1, Pool(shape.dim_size(1)).outputs);
-  shape.set_dim(2, Pool(shape.dim_size(2)).outputs);
+// Of a convolution of the input or, with kPool, of one and a pool.
+template <bool kPool>
+TensorShape OutputShape(const Tensor& input, int channels) {
+  TensorShape shape = input.shape();
+  shape.set_dim(3, channels);
+  if (kPool) {
+    shape.set_dim(1, Pool(shape.dim_size(1)).outputs);
+    shape.set_dim(2, Pool(shape.dim_size(2)).outputs);
+  }
   return shape;
 }
 
-// About as many processor cycles as one of the pictures takes.
-int64_t Cycles(const Pictures& pictures, const Functions& functions) {
-  return pictures.pixels() * 9 * functions.in * functions.out / kLanes / 2;
+// About as many processor cycles as the convolution of some pixels takes.
+int64_t Cycles(const Functions& functions, int64_t pixels) {
+  return pixels * 9 * functions.in * functions.out / kLanes / 2;
 }
 
 // Calls work(begin, end) for parts of 0 to `total`, in TensorFlow's threads.
@@ -890,10 +893,21 @@ const float* Floats(const Tensor& tensor) {
   return tensor.flat<float>().data();
 }
 
+// What the functions take for a filter.
+absl::Status PrepareFilter(OpKernelContext* context, const Functions& functions,
+                           const Tensor& filter, Tensor* prepared) {
+  TF_RETURN_IF_ERROR(
+      AllocateFloats(context, {functions.rows, functions.out}, prepared));
+  functions.prepare(Floats(filter), Floats(prepared));
+  return absl::OkStatus();
+}
+
+// A convolution or, with kPool, one and a pool.
+template <bool kPool>
 class Convolution : public Kernel {
  public:
   explicit Convolution(OpKernelConstruction* context) : Kernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+    if (!kPool) OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -901,29 +915,37 @@ class Convolution : public Kernel {
     const Tensor& filter = context->input(1);
     const Tensor& bias = context->input(2);
     const Functions* functions;
-    OP_REQUIRES_OK(context, Find(filter.shape(), false, &functions));
+    OP_REQUIRES_OK(context, Find(filter.shape(), kPool, &functions));
     OP_REQUIRES_OK(context, CheckPictures(input, functions->in));
     OP_REQUIRES_OK(context, CheckShape(bias, {functions->out}));
     OP_REQUIRES(context, context->num_inputs() <= 4,
                 errors::InvalidArgument("More than one residual."));
+    const TensorShape shape = OutputShape<kPool>(input, functions->out);
     Epilogue epilogue = {Floats(bias)};
-    const TensorShape shape = WithChannels(input, functions->out);
     if (context->num_inputs() > 3) {
       const Tensor& residual = context->input(3);
       OP_REQUIRES_OK(context, CheckShape(residual, shape));
       epilogue.residual = Floats(residual);
     }
-    Tensor prepared, *output;
-    OP_REQUIRES_OK(
-        context,
-        AllocateFloats(context, {functions->rows, functions->out}, &prepared));
+    Tensor prepared, *output, *places = nullptr;
+    OP_REQUIRES_OK(context,
+                   PrepareFilter(context, *functions, filter, &prepared));
     OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
-    functions->prepare(Floats(filter), Floats(&prepared));
     const Pictures pictures = PicturesOf(input);
+    if (kPool) {
+      OP_REQUIRES_OK(context, context->allocate_output(1, shape, &places));
+      Divide(context, pictures.images, Cycles(*functions, pictures.pixels()),
+             [&](int64_t begin, int64_t end) {
+               functions->convolve_and_pool(
+                   pictures, Floats(input), Floats(prepared), Floats(bias),
+                   begin, end, Floats(output), places->flat<uint8_t>().data());
+             });
+      return;
+    }
     const int64_t tiles = pictures.tiles();
     const bool stream = output->TotalBytes() >= kStreamed;
     Divide(context, (tiles + kTiles - 1) / kTiles,
-           kTiles * functions->rows * functions->out / kLanes,
+           Cycles(*functions, kTiles * kOutputs * kOutputs),
            [&](int64_t begin, int64_t end) {
              functions->convolve[relu_][stream](
                  pictures, Floats(input), Floats(prepared), epilogue,
@@ -932,38 +954,7 @@ class Convolution : public Kernel {
   }
 
  private:
-  bool relu_;
-};
-
-// A convolution, followed by a pool.
-class PooledConvolution : public Kernel {
- public:
-  using Kernel::Kernel;
-
-  void Compute(OpKernelContext* context) override {
-    const Tensor& input = context->input(0);
-    const Tensor& filter = context->input(1);
-    const Tensor& bias = context->input(2);
-    const Functions* functions;
-    OP_REQUIRES_OK(context, Find(filter.shape(), true, &functions));
-    OP_REQUIRES_OK(context, CheckPictures(input, functions->in));
-    OP_REQUIRES_OK(context, CheckShape(bias, {functions->out}));
-    const TensorShape shape = Pooled(input, functions->out);
-    Tensor prepared, *output, *places;
-    OP_REQUIRES_OK(
-        context,
-        AllocateFloats(context, {functions->rows, functions->out}, &prepared));
-    OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
-    OP_REQUIRES_OK(context, context->allocate_output(1, shape, &places));
-    functions->prepare(Floats(filter), Floats(&prepared));
-    const Pictures pictures = PicturesOf(input);
-    Divide(context, pictures.images, Cycles(pictures, *functions),
-           [&](int64_t begin, int64_t end) {
-             functions->convolve_and_pool(
-                 pictures, Floats(input), Floats(prepared), Floats(bias), begin,
-                 end, Floats(output), places->flat<uint8_t>().data());
-           });
-  }
+  bool relu_ = false;
 };
 
 // [3, 3, in, out] to [3, 3, out, in], with places in the opposite order. With
@@ -995,8 +986,7 @@ class Gradient : public Kernel {
     OP_REQUIRES_OK(context, Find(filter.shape(), kPool, &functions));
     const int in = functions->in, out = functions->out;
     OP_REQUIRES_OK(context, CheckPictures(input, in));
-    const TensorShape output =
-        kPool ? Pooled(input, out) : WithChannels(input, out);
+    const TensorShape output = OutputShape<kPool>(input, out);
     OP_REQUIRES_OK(context, CheckShape(gradient, output));
     const uint8_t* places = nullptr;
     if (kPool) {
@@ -1036,9 +1026,8 @@ class Gradient : public Kernel {
                                             epilogue, begin, end, result, sums);
       }
     };
-    const int64_t cycles = 2 * Cycles(pictures, *functions);
-    Divide(context, chunks,
-           kPool ? chunk * cycles : pictures.images * cycles / (chunks + 1),
+    const int64_t pixels = kPool ? pictures.pixels() : kOutputs * kOutputs;
+    Divide(context, chunks, 2 * Cycles(*functions, chunk * pixels),
            [&](int64_t begin, int64_t end) {
              for (int64_t c = begin; c < end; ++c) {
                add(c * chunk, std::min((c + 1) * chunk, total),
@@ -1056,11 +1045,8 @@ class Gradient : public Kernel {
     TF_RETURN_IF_ERROR(Find(shape, false, &functions));
     Tensor turned;
     TF_RETURN_IF_ERROR(AllocateFloats(context, shape, &turned));
-    TF_RETURN_IF_ERROR(
-        AllocateFloats(context, {functions->rows, functions->out}, prepared));
     Turn(filter, &turned);
-    functions->prepare(Floats(turned), Floats(prepared));
-    return absl::OkStatus();
+    return PrepareFilter(context, *functions, turned, prepared);
   }
 
   // Adds up the sums of chunks, [chunks, rows + 1, out], for two outputs.
@@ -1194,11 +1180,11 @@ input_gradient: one, or none if the input has less than 16 channels.
 )doc");
 
 REGISTER_KERNEL_BUILDER(Name("Conv3x3").Device(tensorflow::DEVICE_CPU),
-                        Convolution);
+                        Convolution<false>);
 REGISTER_KERNEL_BUILDER(Name("Conv3x3Gradient").Device(tensorflow::DEVICE_CPU),
                         Gradient<false>);
 REGISTER_KERNEL_BUILDER(Name("Conv3x3Pool").Device(tensorflow::DEVICE_CPU),
-                        PooledConvolution);
+                        Convolution<true>);
 REGISTER_KERNEL_BUILDER(
     Name("Conv3x3PoolGradient").Device(tensorflow::DEVICE_CPU), Gradient<true>);
 

@@ -438,15 +438,19 @@ _RELU_INIT = snt.initializers.VarianceScaling(2.0)
 
 
 class _Convolution(snt.Conv2D):
-  """The variables of a convolution of 3x3 pixels."""
+  """The variables of a convolution of 3x3 pixels, and who computes it."""
 
-  def __init__(self, channels):
+  def __init__(self, channels, precision):
     super().__init__(channels, 3, name='conv2_d')
+    # TensorFlow rewrites none but its own operations to bfloat16.
+    self._by_tensorflow = precision == 'bfloat16'
 
-  def __call__(self, frame, convolve, **options):
+  def __call__(self, frame, convolve=convolution.convolve, **options):
     """Returns what a function of `convolution` makes of float32 [N, ...]."""
     self._initialize(frame)  # Sonnet's, which makes the variables.
-    return convolve(frame, self.w, self.b, **options)
+    return convolve(
+      frame, self.w, self.b, by_tensorflow=self._by_tensorflow, **options
+    )
 
 
 class _DeepEncoder(snt.Module):
@@ -454,30 +458,23 @@ class _DeepEncoder(snt.Module):
 
   def __init__(self, precision):
     super().__init__('deep')
-    # TensorFlow rewrites none but its own operations to bfloat16.
-    self._by_tensorflow = precision == 'bfloat16'
+
+    def conv(channels):
+      return _Convolution(channels, precision)
 
     self._sections = [
-      (
-        _Convolution(channels),
-        [(_Convolution(channels), _Convolution(channels)) for _ in range(2)],
-      )
+      (conv(channels), [(conv(channels), conv(channels)) for _ in range(2)])
       for channels in (16, 32, 32)
     ]
     self._linear = snt.Linear(256, w_init=_RELU_INIT)
 
   def __call__(self, frame):
     """Maps float32 [N, height, width, channels] to [N, 256]."""
-    convolve, convolve_and_pool = (
-      functools.partial(function, by_tensorflow=self._by_tensorflow)
-      for function in (convolution.convolve, convolution.convolve_and_pool)
-    )
     output = frame
     for conv, blocks in self._sections:
-      output = conv(output, convolve_and_pool)
+      output = conv(output, convolution.convolve_and_pool)
       for first, second in blocks:
-        hidden = first(output, convolve, relu=True)
-        output = second(hidden, convolve, relu=True, residual=output)
+        output = second(first(output, relu=True), relu=True, residual=output)
     return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(output))))
 
 

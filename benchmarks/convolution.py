@@ -65,7 +65,7 @@ def _times(batch_size, layer, rounds):
 
   with tf.Graph().as_default(), tf.Session() as session:
     forward, both = zip(
-      *(_build(batch_size, layer, by_tensorflow) for by_tensorflow in (1, 0)),
+      *(_build(batch_size, layer, theirs) for theirs in (True, False)),
       strict=True,
     )
     session.run(tf.global_variables_initializer())
