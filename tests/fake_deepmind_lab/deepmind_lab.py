@@ -13,7 +13,9 @@ a handful of levels, and plays a game whose course can be told beforehand:
 import hashlib
 import os
 import random
+import shutil
 import tempfile
+import weakref
 import zlib
 
 import numpy as np
@@ -110,6 +112,7 @@ class Lab:
 
   # Like the real one, it takes no attributes beside its own.
   __slots__ = (
+    '__weakref__',
     '_config',
     '_generator',
     '_is_closed',
@@ -117,6 +120,7 @@ class Lab:
     '_level_cache',
     '_num_steps',
     '_observations',
+    '_remove_folder',
     '_seed',
     '_temp_folder',
   )
@@ -172,6 +176,10 @@ class Lab:
     self._level_cache = level_cache
     self._temp_folder = tempfile.mkdtemp(
       prefix='dmlab_temp_folder_', dir=temp_folder
+    )
+    # As the real one: only a killed process leaves it behind.
+    self._remove_folder = weakref.finalize(
+      self, shutil.rmtree, self._temp_folder, ignore_errors=True
     )
     self._generator = random.Random(0)
     self._is_closed = False
@@ -263,6 +271,7 @@ class Lab:
 
   def close(self):
     self._is_closed = True
+    self._remove_folder()
 
   def _load_map(self, seed):
     """Gets the episode's map from the cache, or compiles and stores it."""
