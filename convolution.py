@@ -1,11 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Convolutions of 3x3 pixels, in about half of the time TensorFlow takes.
+"""Sections of the paper's deep torso, in a fraction of TensorFlow's time.
 
-The paper's deep network spends nearly all of its time in convolutions of 16 or
-32 channels, and TensorFlow's are made for many more. On processors with AVX-512
-`convolve` uses operations of our own (`convolution_ops.cc`, built by `make
-ops`), everywhere else, as on GPUs, TensorFlow's; results differ in rounding.
-They are for graphs, not for eager execution.
+The deep network spends nearly all of its time in convolutions of 16 or 32
+channels, and TensorFlow's are made for many more. On processors with AVX-512 a
+`section` is one operation of our own (`convolution_ops.cc`, built by `make
+ops`), everywhere else, as on GPUs, one of TensorFlow's; results differ in
+rounding. It is for graphs, not for eager execution.
 """
 
 import ctypes
@@ -19,7 +19,8 @@ _LIBRARY = os.path.join(
   os.path.dirname(os.path.abspath(__file__)), 'convolution_ops.so'
 )
 _CHANNELS = (16, 32)
-_PICTURE_CHANNELS = (1, 3, 4)  # Grey, colours, and the last frames of Atari.
+# Pictures are grey, in colours, or the last four of Atari.
+_IN_CHANNELS = {tf.float32: _CHANNELS, tf.uint8: (1, 3, 4)}
 
 
 @functools.cache
@@ -46,94 +47,92 @@ def _library():
 
 
 @functools.cache
-def available():
-  """Returns whether `convolve` has operations of our own here."""
+def available(precision='float32'):
+  """Returns whether `section` is of our own operations here.
+
+  Args:
+    precision: 'float32' or 'bfloat16'.
+  """
   if tf.config.list_physical_devices('GPU') or _library() is None:
     return False
   supported = ctypes.CDLL(_LIBRARY).ImpalaConvolutionSupported
+  supported.argtypes = [ctypes.c_bool]
   supported.restype = ctypes.c_bool
-  return supported()
+  return supported(precision == 'bfloat16')
 
 
-def convolve(
-  frames, weights, biases, relu=False, residual=None, by_tensorflow=False
-):
-  """Convolves frames; their size stays, with zeros around them.
+def section(frames, weights, biases, precision='float32', by_tensorflow=False):
+  """Convolves frames, pools, and adds residual blocks (the paper's figure 3).
+
+  Convolutions are of 3x3 pixels; with zeros around frames, their size stays.
+  The pool takes the maximum around every second pixel. A block is a ReLU, a
+  convolution, a ReLU and another one, added to what it is given.
 
   Args:
-    frames: float32 [N, height, width, in].
-    weights: float32 [3, 3, in, out].
-    biases: float32 [out].
-    relu: whether frames go through a ReLU first.
-    residual: float32 [N, height, width, out], added at the end; None for none.
+    frames: float32 [N, height, width, in], or uint8, which count as 255ths.
+    weights: list of float32 [3, 3, in, out] and, for each block, two of
+      [3, 3, out, out].
+    biases: list of as many float32 [out].
+    precision: 'bfloat16' to round what our own operations multiply to it, but
+      not for the gradients of weights of less than 16 channels. TensorFlow's
+      operations do so if the session rewrites them.
     by_tensorflow: whether to use none but TensorFlow's operations.
 
   Returns:
-    float32 [N, height, width, out].
+    float32 [N, ceil(height / 2), ceil(width / 2), out].
   """
-  if not by_tensorflow and _can_convolve(weights, _CHANNELS):
-    residuals = [] if residual is None else [residual]
-    return _library().conv3x3(frames, weights, biases, residuals, relu=relu)
-  if relu:
-    frames = tf.nn.relu(frames)
-  output = tf.nn.bias_add(tf.nn.conv2d(frames, weights, 1, 'SAME'), biases)
-  return output if residual is None else output + residual
+  if by_tensorflow or not _is_supported(frames, weights, precision):
+    return _section_by_tensorflow(frames, weights, biases)
+  outputs = _library().torso_section(
+    frames, weights, biases, precision=tf.as_dtype(precision)
+  )
+  return outputs.activations[-1]
 
 
-def convolve_and_pool(frames, weights, biases, by_tensorflow=False):
-  """Convolves frames and takes the maximum around every second pixel.
-
-  Args:
-    frames: float32 [N, height, width, in].
-    weights: float32 [3, 3, in, out].
-    biases: float32 [out].
-    by_tensorflow: whether to use none but TensorFlow's operations.
-
-  Returns:
-    float32 [N, ceil(height / 2), ceil(width / 2), out], maxima of 3x3 pixels.
-  """
-  if not by_tensorflow and _can_convolve(
-    weights, (*_PICTURE_CHANNELS, *_CHANNELS)
-  ):
-    return _library().conv3x3_pool(frames, weights, biases).output
-  output = convolve(frames, weights, biases, by_tensorflow=True)
-  return tf.nn.max_pool2d(output, 3, 2, 'SAME')
-
-
-def _can_convolve(weights, in_channels):
-  """Returns whether our own operations can, given those for the input."""
-  *size, weights_in, weights_out = weights.shape.as_list()
+def _is_supported(frames, weights, precision):
+  """Returns whether our own operations can use them here."""
+  first, *others = (weight.shape.as_list() for weight in weights)
+  *size, in_channels, out_channels = first
   return (
-    available()
+    available(precision)
     and size == [3, 3]
-    and weights_in in in_channels
-    and weights_out in _CHANNELS
+    and in_channels in _IN_CHANNELS[frames.dtype]
+    and out_channels in _CHANNELS
+    and all(other == [*size, out_channels, out_channels] for other in others)
   )
 
 
-@tf.RegisterGradient('Conv3x3')
-def _convolve_gradient(op, gradient):
-  frames, weights, _, *residuals = op.inputs
-  gradients = _library().conv3x3_gradient(
-    gradient, frames, weights, relu=op.get_attr('relu')
+def _section_by_tensorflow(frames, weights, biases):
+  if frames.dtype == tf.uint8:
+    frames = tf.cast(frames, tf.float32) / 255
+  first, *others = (
+    functools.partial(_convolve, weights=weight, biases=bias)
+    for weight, bias in zip(weights, biases, strict=True)
   )
-  return [
-    *(gradients.input_gradient, gradients.filter_gradient),
-    *(gradients.bias_gradient, *[gradient for _ in residuals]),
-  ]
+  output = tf.nn.max_pool2d(first(frames), 3, 2, 'SAME')
+  for convolve, convolve_again in zip(others[::2], others[1::2], strict=True):
+    hidden = convolve(tf.nn.relu(output))
+    output += convolve_again(tf.nn.relu(hidden))
+  return output
 
 
-@tf.RegisterGradient('Conv3x3Pool')
-def _convolve_and_pool_gradient(op, gradient, _):
-  frames, weights, biases = op.inputs
-  of_pictures = weights.shape[2] in _PICTURE_CHANNELS
-  gradients = _library().conv3x3_pool_gradient(
-    *(gradient, frames, weights, op.outputs[1]),
-    num_input_gradients=0 if of_pictures else 1,
+def _convolve(frames, weights, biases):
+  return tf.nn.bias_add(tf.nn.conv2d(frames, weights, 1, 'SAME'), biases)
+
+
+@tf.RegisterGradient('TorsoSection')
+def _section_gradient(op, *gradients):
+  count = op.get_attr('num_convolutions')
+  frames, weights = op.inputs[0], op.inputs[1 : 1 + count]
+  *activations, places = op.outputs
+  gradient = gradients[count - 1]  # The others are only for what follows here.
+  results = _library().torso_section_gradient(
+    *(gradient, frames, weights, activations, places),
+    num_frames_gradients=1 if frames.dtype == tf.float32 else 0,
+    precision=op.get_attr('precision'),
   )
-  frames_gradient = gradients.input_gradient
-  if of_pictures:
-    # No training needs it: whoever asks for it gets it from TensorFlow.
-    output = convolve_and_pool(frames, weights, biases, by_tensorflow=True)
-    frames_gradient = tf.gradients(output, frames, gradient)
-  return *frames_gradient, gradients.filter_gradient, gradients.bias_gradient
+  return (
+    *(results.frames_gradient or [None]),
+    *results.filter_gradients,
+    *results.bias_gradients,
+  )

@@ -1,30 +1,37 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
 //
-// Convolutions of 3x3 pixels with few channels, as TensorFlow ops for
-// processors with AVX-512.
+// Sections of the paper's deep network: a convolution of 3x3 pixels, a pool and
+// residual blocks, with few channels, as TensorFlow ops for processors with
+// AVX-512.
 //
-// They are Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308): a tile of
-// 4x4 outputs depends on 6x6 inputs, and with both transformed, 36 products per
-// pair of channels give what takes 144 otherwise. With 16 or 32 channels all
-// that belongs to a dozen tiles fits the processor's innermost caches, where
-// oneDNN, which TensorFlow uses, would come back to memory between steps:
+// The convolutions are Winograd's F(4x4, 3x3) (Lavin and Gray, arXiv
+// 1509.09308): a tile of 4x4 outputs depends on 6x6 inputs, and with both
+// transformed, 36 products per pair of channels give what takes 144 otherwise.
+// With 16 or 32 channels all that belongs to a dozen tiles fits the processor's
+// innermost caches, where oneDNN, which TensorFlow uses, would come back to
+// memory between steps:
 //
 //   1. the filter, [3, 3, in, out], becomes [36, in, out], once per call;
 //   2. a block of tiles becomes [36, tiles, in];
 //   3. 36 products of matrices make it [36, tiles, out], in place;
 //   4. these become 4x4 outputs each, to which the bias is added and so on.
 //
-// A vector holds 16 channels of one pixel. Blocks are divided among
-// TensorFlow's threads.
+// A vector holds 16 channels of one pixel. With bfloat16, factors of the third
+// step are rounded to it, and sums are of float32.
 //
 // The gradient of the input is a convolution of the output's gradient. That of
 // the filter transforms inputs and outputs' gradients, multiplies them and sums
-// up the products, for chunks of tiles that don't depend on the number of
-// threads; so neither does the result.
+// up the products.
 //
-// A convolution that a pool follows is computed with it, picture by picture, so
-// that what is between both stays in the cache. There, and only there, pictures
+// A few pictures at a time go through all of a section, so that what is between
+// its steps stays in the cache. Pictures are divided among TensorFlow's
+// threads; the sums for the gradients of filters are of chunks of them that
+// don't depend on the number of threads, so neither does the result. Pictures
 // of 1, 3 or 4 channels are convolved pixel by pixel.
+
+#if defined(__x86_64__) && !defined(__clang__)  // Clang has no `pragma target`.
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -32,6 +39,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
+#include <vector>
 
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -43,22 +52,27 @@ namespace impala {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kOutputs = 4;                          // Along a side of a tile.
-constexpr int kInputs = 6;                           // The same.
-constexpr int kProducts = kInputs * kInputs;         // Per tile and channels.
-constexpr int kTiles = 12;                           // Of a block.
-constexpr int kGradientTiles = 24;                   // The same, for filters.
-constexpr int64_t kChunkTiles = 8 * kGradientTiles;  // Summed apart.
-constexpr int64_t kChunkImages = 4;                  // The same, before pools.
-constexpr int64_t kStreamed = int64_t{4} << 20;      // Bytes; see `Store`.
-constexpr int kPixels = 12;                          // Convolved at once.
+constexpr int kOutputs = 4;                      // Along a side of a tile.
+constexpr int kInputs = 6;                       // The same.
+constexpr int kProducts = kInputs * kInputs;     // Per tile and channels.
+constexpr int kTiles = 12;                       // Of a block.
+constexpr int kGradientTiles = 24;               // The same, for filters.
+constexpr int64_t kCached = int64_t{1} << 17;    // Bytes between two steps.
+constexpr int64_t kStreamed = int64_t{4} << 20;  // Bytes; see `Epilogue`.
+constexpr int64_t kChunkImages = 8;              // At least, summed apart.
+constexpr int64_t kChunks = 64;                  // At most.
+constexpr int kPixels = 12;                      // Convolved at once.
+constexpr int kMostChannels = 32;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 // The same somewhere in memory.
 typedef float Unaligned
     __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float UnalignedFloat __attribute__((aligned(2), may_alias));
+typedef uint16_t UnalignedHalves
+    __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 typedef uint8_t UnalignedBytes
     __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
@@ -119,33 +133,54 @@ struct Epilogue {
   const float* bias;      // [channels], added; null for none.
   const float* mask;      // Where it isn't positive, the sum becomes zero.
   const float* residual;  // Added at the end.
+  // Where a copy goes past the caches, which a large result will have left when
+  // it is read again; null for none. So its place needn't be fetched before.
+  float* copy;
 };
 
-// The only functions with instructions of AVX-512: no code that runs while the
-// library is loaded may have them. Clang knows no such pragma.
-#if defined(__x86_64__) && !defined(__clang__)
+// The only functions with such instructions: no code that runs while the
+// library is loaded may have them. Those for bfloat16 are where it is asked
+// for.
 #pragma GCC push_options
-#pragma GCC target("avx512f")
-constexpr bool kCompiled = true;
-#else
-constexpr bool kCompiled = false;
-#endif
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
+
+// Two ones of bfloat16 as a float.
+constexpr float kPairOfOnes = 0x1.007fp0f;
 
 inline Vector Load(const float* place) {
   return *reinterpret_cast<const Unaligned*>(place);
 }
 
-// A large result has left the caches when it is read again. Written past them,
-// it needn't be fetched before.
-template <bool kStream>
 inline void Store(float* place, Vector value) {
-#ifdef __AVX512F__
-  if (kStream) {
-    __builtin_ia32_movntps512(place, value);
-    return;
-  }
-#endif
   *reinterpret_cast<Unaligned*>(place) = value;
+}
+
+inline void Stream(float* place, Vector value) {
+  __builtin_ia32_movntps512(place, value);
+}
+
+inline Halves ToBfloat16(Vector value) {
+  return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(value));
+}
+
+// A pair of numbers of bfloat16 takes the place of a float. The first is in the
+// lower half.
+inline Vector Pairs(Vector first, Vector second) {
+  const Integers low = __builtin_convertvector(ToBfloat16(first), Integers);
+  const Integers high = __builtin_convertvector(ToBfloat16(second), Integers);
+  return reinterpret_cast<Vector>(low | high << 16);
+}
+
+// Adds the products of a number and those of a vector, or of a pair and pairs.
+template <bool kBfloat16>
+inline Vector AddProduct(Vector sum, float factor, Vector factors) {
+  if constexpr (kBfloat16) {
+    return _mm512_dpbf16_ps(sum,
+                            reinterpret_cast<__m512bh>(_mm512_set1_ps(factor)),
+                            reinterpret_cast<__m512bh>(factors));
+  } else {
+    return sum + factor * factors;
+  }
 }
 
 // Unlike the other way round, this keeps NaNs.
@@ -226,27 +261,65 @@ inline void TransformSquare(const Read& read, const Write& write) {
   }
 }
 
-// [3, 3, kIn, kOut] to [36, kOut / 16, kIn, 16].
-template <int kIn, int kOut>
+// [3, 3, kIn, kOut] to [36, kOut / 16, kIn, 16], with bfloat16 to pairs of
+// inputs, [36, kOut / 16, kIn / 2, 16].
+template <int kIn, int kOut, bool kBfloat16>
 void TransformFilters(const float* filter, float* transformed) {
-  for (int in = 0; in < kIn; ++in) {
+  constexpr int kStep = kBfloat16 ? 2 : 1;
+  const auto transform = [=](int in, int out, const auto& write) {
+    TransformSquare<3, kInputs, TransformFilter>(
+        [=](int i, int j) {
+          return Load(filter + ((3 * i + j) * kIn + in) * kOut + out);
+        },
+        write);
+  };
+  for (int in = 0; in < kIn; in += kStep) {
     for (int out = 0; out < kOut; out += kLanes) {
-      TransformSquare<3, kInputs, TransformFilter>(
-          [=](int i, int j) {
-            return Load(filter + ((3 * i + j) * kIn + in) * kOut + out);
-          },
-          [=](int i, int j, Vector value) {
-            Store<false>(transformed + (kInputs * i + j) * kIn * kOut +
-                             out * kIn + in * kLanes,
-                         value);
-          });
+      Vector products[kInputs][kInputs];
+      transform(in, out,
+                [&](int i, int j, Vector value) { products[i][j] = value; });
+      if constexpr (kBfloat16) {
+        transform(in + 1, out, [&](int i, int j, Vector value) {
+          products[i][j] = Pairs(products[i][j], value);
+        });
+      }
+      float* first = transformed + (out * kIn + in * kLanes) / kStep;
+      for (int p = 0; p < kProducts; ++p) {
+        Store(first + p * kIn * kOut / kStep,
+              products[p / kInputs][p % kInputs]);
+      }
+    }
+  }
+}
+
+// How vectors of tiles are kept: as they are, rounded to bfloat16 in half of
+// the place, or rounded and paired with those of the next tile.
+enum Format { kFloats, kRounded, kPaired };
+
+// Keeps what is at `offset` of tile `number`'s row of [tiles, kStride].
+template <Format kFormat, int kStride>
+inline void Keep(float* rows, int number, int offset, Vector value) {
+  if constexpr (kFormat == kFloats) {
+    Store(rows + number * kStride + offset, value);
+  } else if constexpr (kFormat == kRounded) {
+    *reinterpret_cast<UnalignedHalves*>(rows + number * kStride + offset / 2) =
+        ToBfloat16(value);
+  } else {
+    float* place = rows + number / 2 * kStride + offset;
+    if (number % 2 == 0) {
+      Store(place, Pairs(value, Vector{}));
+    } else {
+      const Vector second = Pairs(Vector{}, value);
+      Store(place,
+            reinterpret_cast<Vector>(reinterpret_cast<Integers>(Load(place)) |
+                                     reinterpret_cast<Integers>(second)));
     }
   }
 }
 
 // Transforms the inputs of `count` tiles to [36, kBlock, kStride], in which the
 // first kIn are used.
-template <int kIn, int kStride, int kBlock, bool kRelu>
+template <int kIn, int kStride, int kBlock, bool kRelu, Format kFormat>
 void TransformInputs(const Pictures& pictures, const float* input, Tile tile,
                      int count, float* transformed) {
   const int64_t line = pictures.width * kIn;
@@ -258,9 +331,8 @@ void TransformInputs(const Pictures& pictures, const float* input, Tile tile,
                         x + kInputs <= pictures.width;
     for (int in = 0; in < kIn; in += kLanes) {
       const auto write = [=](int i, int j, Vector value) {
-        Store<false>(
-            transformed + ((kInputs * i + j) * kBlock + t) * kStride + in,
-            value);
+        Keep<kFormat, kStride>(
+            transformed + (kInputs * i + j) * kBlock * kStride, t, in, value);
       };
       const auto read = [=](int i, int j) {
         const Vector value = Load(first + i * line + j * kIn + in);
@@ -283,33 +355,35 @@ void TransformInputs(const Pictures& pictures, const float* input, Tile tile,
 }
 
 // Multiplies matrices of kTiles x kIn by those of kIn x kOut, in place.
-template <int kIn, int kOut, int kStride>
+template <int kIn, int kOut, int kStride, bool kBfloat16>
 void Multiply(const float* filter, float* block) {
   constexpr int kVectors = kOut / kLanes;
+  constexpr int kFactors = kBfloat16 ? kIn / 2 : kIn;
   for (int p = 0; p < kProducts; ++p) {
     Vector sums[kTiles][kVectors] = {};
-    for (int in = 0; in < kIn; ++in) {
+    for (int in = 0; in < kFactors; ++in) {
       Vector weights[kVectors];
       for (int k = 0; k < kVectors; ++k) {
-        weights[k] = Load(filter + (k * kIn + in) * kLanes);
+        weights[k] = Load(filter + (k * kFactors + in) * kLanes);
       }
       for (int t = 0; t < kTiles; ++t) {
         for (int k = 0; k < kVectors; ++k) {
-          sums[t][k] += block[t * kStride + in] * weights[k];
+          sums[t][k] = AddProduct<kBfloat16>(
+              sums[t][k], block[t * kStride + in], weights[k]);
         }
       }
     }
     for (int t = 0; t < kTiles; ++t) {
       for (int k = 0; k < kVectors; ++k) {
-        Store<false>(block + t * kStride + k * kLanes, sums[t][k]);
+        Store(block + t * kStride + k * kLanes, sums[t][k]);
       }
     }
-    filter += kIn * kOut;
+    filter += kFactors * kOut;
     block += kTiles * kStride;
   }
 }
 
-template <int kOut, int kStride, bool kStream>
+template <int kOut, int kStride>
 void TransformOutputs(const Pictures& pictures, const float* block,
                       const Epilogue& epilogue, Tile tile, int count,
                       float* output) {
@@ -334,20 +408,18 @@ void TransformOutputs(const Pictures& pictures, const float* block,
             if (epilogue.residual != nullptr) {
               value += Load(epilogue.residual + place);
             }
-            Store<kStream>(output + place, value);
+            Store(output + place, value);
+            if (epilogue.copy != nullptr) Stream(epilogue.copy + place, value);
           });
     }
   }
-#ifdef __AVX512F__
-  if (kStream) __builtin_ia32_sfence();
-#endif
 }
 
 // Convolves tiles `begin` to `end`.
-template <int kIn, int kOut, bool kRelu, bool kStream>
-void Convolve(const Pictures& pictures, const float* input, const float* filter,
-              const Epilogue& epilogue, int64_t begin, int64_t end,
-              float* output) {
+template <int kIn, int kOut, bool kRelu, bool kBfloat16>
+void ConvolveTiles(const Pictures& pictures, const float* input,
+                   const float* filter, const Epilogue& epilogue, int64_t begin,
+                   int64_t end, float* output) {
   constexpr int kStride = std::max(kIn, kOut);
   alignas(64) float block[kProducts * kTiles * kStride];
   // A last block may be part of one, but is multiplied as a whole.
@@ -355,15 +427,24 @@ void Convolve(const Pictures& pictures, const float* input, const float* filter,
   for (; begin < end; begin += kTiles) {
     const int count = std::min<int64_t>(kTiles, end - begin);
     const Tile tile(pictures, begin);
-    TransformInputs<kIn, kStride, kTiles, kRelu>(pictures, input, tile, count,
-                                                 block);
-    Multiply<kIn, kOut, kStride>(filter, block);
-    TransformOutputs<kOut, kStride, kStream>(pictures, block, epilogue, tile,
-                                             count, output);
+    TransformInputs<kIn, kStride, kTiles, kRelu,
+                    kBfloat16 ? kRounded : kFloats>(pictures, input, tile,
+                                                    count, block);
+    Multiply<kIn, kOut, kStride, kBfloat16>(filter, block);
+    TransformOutputs<kOut, kStride>(pictures, block, epilogue, tile, count,
+                                    output);
   }
 }
 
-template <int kOut>
+// Convolves all pictures.
+template <int kIn, int kOut, bool kRelu, bool kBfloat16>
+void Convolve(const Pictures& pictures, const float* input, const float* filter,
+              const Epilogue& epilogue, float* output) {
+  ConvolveTiles<kIn, kOut, kRelu, kBfloat16>(pictures, input, filter, epilogue,
+                                             0, pictures.tiles(), output);
+}
+
+template <int kOut, Format kFormat>
 void TransformGradients(const Pictures& pictures, const float* gradient,
                         Tile tile, int count, float* transformed) {
   for (int t = 0; t < count; ++t, tile.Next()) {
@@ -377,17 +458,16 @@ void TransformGradients(const Pictures& pictures, const float* gradient,
                        : Vector{};
           },
           [=](int i, int j, Vector value) {
-            Store<false>(transformed +
-                             ((kInputs * i + j) * kGradientTiles + t) * kOut +
-                             out,
-                         value);
+            Keep<kFormat, kOut>(
+                transformed + (kInputs * i + j) * kGradientTiles * kOut, t, out,
+                value);
           });
     }
   }
 }
 
 // Adds products of kIn x `count` by `count` x kOut to `sums`, [36, kIn, kOut].
-template <int kIn, int kOut>
+template <int kIn, int kOut, bool kBfloat16>
 void AddProducts(const float* inputs, const float* gradients, int count,
                  float* sums) {
   constexpr int kVectors = kOut / kLanes;
@@ -408,13 +488,14 @@ void AddProducts(const float* inputs, const float* gradients, int count,
         }
         for (int r = 0; r < kRows; ++r) {
           for (int k = 0; k < kVectors; ++k) {
-            sum[r][k] += inputs[t * kIn + row + r] * gradient[k];
+            sum[r][k] = AddProduct<kBfloat16>(
+                sum[r][k], inputs[t * kIn + row + r], gradient[k]);
           }
         }
       }
       for (int r = 0; r < kRows; ++r) {
         for (int k = 0; k < kVectors; ++k) {
-          Store<false>(sums + (row + r) * kOut + k * kLanes, sum[r][k]);
+          Store(sums + (row + r) * kOut + k * kLanes, sum[r][k]);
         }
       }
     }
@@ -424,33 +505,38 @@ void AddProducts(const float* inputs, const float* gradients, int count,
   }
 }
 
-// For the gradient of outputs of tiles `begin` to `end`, computes that of their
-// inputs, given the transform of the filter turned around, and sums what they
-// add to the transformed gradient of the filter, [36, kIn, kOut], and, behind
-// it, to that of the bias, [kOut]. What one needs is in the cache for the
-// other.
-template <int kIn, int kOut, bool kRelu, bool kStream>
+// For the gradient of outputs, computes that of the inputs, given the transform
+// of the filter turned around, and sums what they add to the transformed
+// gradient of the filter, [36, kIn, kOut], and, behind it, to that of the bias,
+// [kOut].
+template <int kIn, int kOut, bool kRelu, bool kBfloat16>
 void Gradients(const Pictures& pictures, const float* gradient,
                const float* input, const float* filter,
-               const Epilogue& epilogue, int64_t begin, int64_t end,
-               float* input_gradient, float* sums) {
+               const Epilogue& epilogue, float* input_gradient, float* sums) {
   alignas(64) float inputs[kProducts * kGradientTiles * kIn];
   alignas(64) float gradients[kProducts * kGradientTiles * kOut];
-  for (; begin < end; begin += kGradientTiles) {
+  const int64_t end = pictures.tiles();
+  for (int64_t begin = 0; begin < end; begin += kGradientTiles) {
     const int count = std::min<int64_t>(kGradientTiles, end - begin);
     const Tile tile(pictures, begin);
-    TransformInputs<kIn, kIn, kGradientTiles, kRelu>(pictures, input, tile,
-                                                     count, inputs);
-    TransformGradients<kOut>(pictures, gradient, tile, count, gradients);
-    AddProducts<kIn, kOut>(inputs, gradients, count, sums);
+    constexpr Format kFormat = kBfloat16 ? kPaired : kFloats;
+    TransformInputs<kIn, kIn, kGradientTiles, kRelu, kFormat>(
+        pictures, input, tile, count, inputs);
+    TransformGradients<kOut, kFormat>(pictures, gradient, tile, count,
+                                      gradients);
+    const int rows = kBfloat16 ? (count + 1) / 2 : count;
+    AddProducts<kIn, kOut, kBfloat16>(inputs, gradients, rows, sums);
     // The second of the second line is the sum of all 16 of a tile.
     const float* whole = gradients + (kInputs + 1) * kGradientTiles * kOut;
+    const float ones = kBfloat16 ? kPairOfOnes : 1;
     float* bias = sums + kProducts * kIn * kOut;
-    for (int i = 0; i < count * kOut; i += kLanes) {
-      Store<false>(bias + i % kOut, Load(bias + i % kOut) + Load(whole + i));
+    for (int i = 0; i < rows * kOut; i += kLanes) {
+      Store(bias + i % kOut, AddProduct<kBfloat16>(Load(bias + i % kOut), ones,
+                                                   Load(whole + i)));
     }
-    Convolve<kOut, kIn, false, kStream>(pictures, gradient, filter, epilogue,
-                                        begin, begin + count, input_gradient);
+    ConvolveTiles<kOut, kIn, false, kBfloat16>(pictures, gradient, filter,
+                                               epilogue, begin, begin + count,
+                                               input_gradient);
   }
 }
 
@@ -461,29 +547,40 @@ constexpr int Rows() {
 }
 
 // Prepares a filter, [3, 3, kIn, kOut].
-template <int kIn, int kOut>
+template <int kIn, int kOut, bool kBfloat16>
 void Prepare(const float* filter, float* prepared) {
   if constexpr (kIn % kLanes == 0) {
-    TransformFilters<kIn, kOut>(filter, prepared);
+    TransformFilters<kIn, kOut, kBfloat16>(filter, prepared);
+  } else if constexpr (kBfloat16) {
+    // Pairs of numbers of a line; the last one's partner is zero.
+    for (int row = 0; row < 3; ++row, filter += 3 * kIn * kOut) {
+      for (int in = 0; in < 3 * kIn; in += 2, prepared += kOut) {
+        for (int out = 0; out < kOut; out += kLanes) {
+          const float* first = filter + in * kOut + out;
+          Store(prepared + out,
+                Pairs(Load(first),
+                      in + 1 < 3 * kIn ? Load(first + kOut) : Vector{}));
+        }
+      }
+    }
   } else {
     memcpy(prepared, filter, Rows<kIn>() * kOut * sizeof(float));
   }
 }
 
-// Adds up the gradients of all chunks for one channel of the input, and undoes
-// their transform.
+// Adds up the gradients of all chunks, `stride` floats apart, for one channel
+// of the input, and undoes their transform.
 template <int kIn, int kOut>
-void FinishGradient(int64_t chunks, int in, const float* sums, float* filter) {
+void FinishGradient(int64_t chunks, int64_t stride, int in, const float* sums,
+                    float* filter) {
   const auto sum = [=](int row, int out) {
     const float* place = sums + (row * kIn + in) * kOut + out;
     Vector sum = {};
-    for (int64_t c = 0; c < chunks; ++c) {
-      sum += Load(place + c * (Rows<kIn>() + 1) * kOut);
-    }
+    for (int64_t c = 0; c < chunks; ++c) sum += Load(place + c * stride);
     return sum;
   };
   const auto write = [=](int row, int out, Vector value) {
-    Store<false>(filter + (row * kIn + in) * kOut + out, value);
+    Store(filter + (row * kIn + in) * kOut + out, value);
   };
   for (int out = 0; out < kOut; out += kLanes) {
     if constexpr (kIn % kLanes == 0) {
@@ -509,80 +606,102 @@ int64_t PaddedSize(const Pictures& picture) {
   return (picture.height + 2) * PaddedWidth(picture.width) * kIn;
 }
 
-template <int kIn>
-void Pad(const Pictures& picture, const float* input, float* padded) {
+// Fills in a picture. Bytes become 255ths; with bfloat16, numbers of the result
+// have half of the size of floats.
+template <int kIn, bool kBfloat16>
+void Pad(const Pictures& picture, const uint8_t* input, float* padded) {
+  using Number = std::conditional_t<kBfloat16, uint16_t, float>;
+  const auto convert = [](const void* bytes, Number* to) {
+    const Integers integers = __builtin_convertvector(
+        *reinterpret_cast<const UnalignedBytes*>(bytes), Integers);
+    const Vector numbers =
+        __builtin_convertvector(integers, Vector) * (1.f / 255);
+    if constexpr (kBfloat16) {
+      *reinterpret_cast<UnalignedHalves*>(to) = ToBfloat16(numbers);
+    } else {
+      Store(to, numbers);
+    }
+  };
   const int64_t line = PaddedWidth(picture.width) * kIn;
-  memset(padded, 0, PaddedSize<kIn>(picture) * sizeof(float));
-  for (int64_t y = 0; y < picture.height; ++y) {
-    memcpy(padded + (y + 1) * line + kIn, input + y * picture.width * kIn,
-           picture.width * kIn * sizeof(float));
+  const int64_t size = picture.width * kIn;
+  for (int64_t y = 0; y < picture.height; ++y, input += size) {
+    Number* to = reinterpret_cast<Number*>(padded) + (y + 1) * line + kIn;
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) convert(input + i, to + i);
+    uint8_t rest[kLanes] = {};
+    Number numbers[kLanes];
+    memcpy(rest, input + i, size - i);
+    convert(rest, numbers);
+    memcpy(to + i, numbers, (size - i) * sizeof(Number));
   }
 }
 
-template <int kIn, int kOut>
+// Convolves a line.
+template <int kIn, int kOut, bool kBfloat16>
 void ConvolvePadded(const Pictures& picture, const float* padded,
-                    const float* filter, const float* bias, float* output) {
+                    const float* filter, const float* bias, int64_t y,
+                    float* output) {
+  using Number = std::conditional_t<kBfloat16, uint16_t, float>;
   constexpr int kVectors = kOut / kLanes;
+  constexpr int kStep = kBfloat16 ? 2 : 1;
   const int64_t line = PaddedWidth(picture.width) * kIn;
-  for (int64_t y = 0; y < picture.height; ++y) {
-    for (int64_t x = 0; x < picture.width; x += kPixels) {
-      Vector sums[kPixels][kVectors];
-      for (int p = 0; p < kPixels; ++p) {
-        for (int k = 0; k < kVectors; ++k) {
-          sums[p][k] = Load(bias + k * kLanes);
-        }
-      }
-      const float* weights = filter;
-      for (int i = 0; i < 3; ++i) {
-        // The three pixels' channels are side by side.
-        const float* first = padded + (y + i) * line + x * kIn;
-        for (int in = 0; in < 3 * kIn; ++in, weights += kOut) {
-          for (int p = 0; p < kPixels; ++p) {
-            for (int k = 0; k < kVectors; ++k) {
-              sums[p][k] += first[p * kIn + in] * Load(weights + k * kLanes);
-            }
+  for (int64_t x = 0; x < picture.width; x += kPixels) {
+    Vector sums[kPixels][kVectors];
+    for (int p = 0; p < kPixels; ++p) {
+      for (int k = 0; k < kVectors; ++k) sums[p][k] = Load(bias + k * kLanes);
+    }
+    const float* weights = filter;
+    for (int i = 0; i < 3; ++i) {
+      // The three pixels' channels are side by side.
+      const Number* first =
+          reinterpret_cast<const Number*>(padded) + (y + i) * line + x * kIn;
+      for (int in = 0; in < 3 * kIn; in += kStep, weights += kOut) {
+        for (int p = 0; p < kPixels; ++p) {
+          const float factor =
+              *reinterpret_cast<const UnalignedFloat*>(first + p * kIn + in);
+          for (int k = 0; k < kVectors; ++k) {
+            sums[p][k] = AddProduct<kBfloat16>(sums[p][k], factor,
+                                               Load(weights + k * kLanes));
           }
         }
       }
-      const int64_t count = std::min<int64_t>(kPixels, picture.width - x);
-      float* place = output + (y * picture.width + x) * kOut;
-      for (int p = 0; p < kPixels; ++p) {
-        if (p >= count) break;
-        for (int k = 0; k < kVectors; ++k) {
-          Store<false>(place + p * kOut + k * kLanes, sums[p][k]);
-        }
+    }
+    const int64_t count = std::min<int64_t>(kPixels, picture.width - x);
+    for (int p = 0; p < kPixels; ++p) {
+      if (p >= count) break;
+      for (int k = 0; k < kVectors; ++k) {
+        Store(output + (x + p) * kOut + k * kLanes, sums[p][k]);
       }
     }
   }
 }
 
-// Adds to the gradients of the filter, [9 * kIn, kOut], and, behind it, of the
-// bias.
+// Adds what a line contributes to the gradients of the filter, [9 * kIn, kOut],
+// and, behind it, of the bias.
 template <int kIn, int kOut>
 void PaddedGradients(const Pictures& picture, const float* gradient,
-                     const float* padded, float* sums) {
+                     const float* padded, int64_t y, float* sums) {
   const int64_t line = PaddedWidth(picture.width) * kIn;
-  for (int out = 0; out < kOut; out += kLanes, sums += kLanes) {
-    Vector bias = {};
+  for (int out = 0; out < kOut; out += kLanes) {
     for (int i = 0; i < 3; ++i) {
-      Vector filter[3 * kIn] = {};
-      for (int64_t y = 0; y < picture.height; ++y) {
-        const float* first = padded + (y + i) * line;
-        const float* place = gradient + y * picture.width * kOut + out;
-        for (int64_t x = 0; x < picture.width; ++x) {
-          const Vector value = Load(place + x * kOut);
-          for (int in = 0; in < 3 * kIn; ++in) {
-            filter[in] += first[x * kIn + in] * value;
-          }
-          if (i == 0) bias += value;
+      const float* first = padded + (y + i) * line;
+      float* filter = sums + 3 * i * kIn * kOut + out;
+      Vector sum[3 * kIn];
+      for (int in = 0; in < 3 * kIn; ++in) sum[in] = Load(filter + in * kOut);
+      for (int64_t x = 0; x < picture.width; ++x) {
+        const Vector value = Load(gradient + x * kOut + out);
+        for (int in = 0; in < 3 * kIn; ++in) {
+          sum[in] += first[x * kIn + in] * value;
         }
       }
-      for (int in = 0; in < 3 * kIn; ++in) {
-        float* sum = sums + (3 * i * kIn + in) * kOut;
-        Store<false>(sum, Load(sum) + filter[in]);
-      }
+      for (int in = 0; in < 3 * kIn; ++in) Store(filter + in * kOut, sum[in]);
     }
-    Store<false>(sums + 9 * kIn * kOut, Load(sums + 9 * kIn * kOut) + bias);
+    float* bias = sums + 9 * kIn * kOut + out;
+    Vector sum = Load(bias);
+    for (int64_t x = 0; x < picture.width; ++x) {
+      sum += Load(gradient + x * kOut + out);
+    }
+    Store(bias, sum);
   }
 }
 
@@ -596,92 +715,111 @@ struct Pool {
   int64_t before;
 };
 
-int64_t PooledPixels(const Pictures& picture) {
-  return Pool(picture.height).outputs * Pool(picture.width).outputs;
-}
-
-// For each window and vector of channels, calls begin(output), visit(place of
-// 9, input) for what is inside of the picture, and end(output); outputs and
-// inputs are offsets of numbers.
-template <int kChannels, typename Begin, typename Visit, typename End>
-inline void VisitWindows(const Pictures& picture, const Begin& begin,
-                         const Visit& visit, const End& end) {
+// Pools a picture of which line(y) gives a line; it is called for one line
+// after the other, and more than once, with those of the last window still
+// valid.
+template <int kChannels, typename Line>
+void PoolPicture(const Pictures& picture, const Line& line, float* output,
+                 float* copy, uint8_t* places) {
   const Pool rows(picture.height), columns(picture.width);
+  int64_t at = 0;
   for (int64_t y = 0; y < rows.outputs; ++y) {
+    const int64_t top = 2 * y - rows.before;
+    const float* lines[3];
+    for (int i = 0; i < 3; ++i) {
+      const bool inside = top + i >= 0 && top + i < picture.height;
+      lines[i] = inside ? line(top + i) : nullptr;
+    }
     for (int64_t x = 0; x < columns.outputs; ++x) {
-      const int64_t top = 2 * y - rows.before, left = 2 * x - columns.before;
-      const bool inside = top >= 0 && left >= 0 && top + 3 <= picture.height &&
-                          left + 3 <= picture.width;
-      for (int channel = 0; channel < kChannels; channel += kLanes) {
-        const int64_t first =
-            (top * picture.width + left) * kChannels + channel;
-        const int64_t output = (y * columns.outputs + x) * kChannels + channel;
-        begin(output);
-        if (inside) {
-          for (int i = 0; i < 3; ++i) {
-            for (int j = 0; j < 3; ++j) {
-              visit(3 * i + j, first + (i * picture.width + j) * kChannels);
-            }
-          }
-        } else {
-          for (int i = 0; i < 3; ++i) {
-            for (int j = 0; j < 3; ++j) {
-              if (top + i >= 0 && top + i < picture.height && left + j >= 0 &&
-                  left + j < picture.width) {
-                visit(3 * i + j, first + (i * picture.width + j) * kChannels);
-              }
+      const int64_t left = 2 * x - columns.before;
+      const bool inside = lines[0] != nullptr && lines[2] != nullptr &&
+                          left >= 0 && left + 3 <= picture.width;
+      for (int c = 0; c < kChannels; c += kLanes, at += kLanes) {
+        Vector largest = Vector{} - std::numeric_limits<float>::infinity();
+        __m128i place = _mm_set1_epi8(4);  // Always inside.
+        const auto visit = [&](int i, int j) {
+          // Of equal ones the first. Where all are NaN, so is the result.
+          const Vector value = Load(lines[i] + (left + j) * kChannels + c);
+          const __mmask16 take =
+              _mm512_cmp_ps_mask(value, largest, _CMP_NLE_UQ);
+          largest = _mm512_mask_mov_ps(largest, take, value);
+          place = _mm_mask_mov_epi8(place, take, _mm_set1_epi8(3 * i + j));
+        };
+        for (int i = 0; i < 3; ++i) {
+          for (int j = 0; j < 3; ++j) {
+            if (inside || (lines[i] != nullptr && left + j >= 0 &&
+                           left + j < picture.width)) {
+              visit(i, j);
             }
           }
         }
-        end(output);
+        Store(output + at, largest);
+        if (copy != nullptr) Stream(copy + at, largest);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(places + at), place);
       }
     }
   }
 }
 
-template <int kChannels>
-void PoolPicture(const Pictures& picture, const float* input, float* output,
-                 uint8_t* places) {
-  Vector largest;
-  Integers place;
-  VisitWindows<kChannels>(
-      picture,
-      [&](int64_t) {
-        largest = Vector{} - std::numeric_limits<float>::infinity();
-        place = Integers{} + 4;  // Always inside.
-      },
-      [&](int number, int64_t at) {
-        // Of equal ones the first. Where all are NaN, so is the result.
-        const Vector value = Load(input + at);
-        const Integers keep = value <= largest;
-        largest = keep ? largest : value;
-        place = keep ? place : Integers{} + number;
-      },
-      [&](int64_t at) {
-        Store<false>(output + at, largest);
-        *reinterpret_cast<UnalignedBytes*>(places + at) =
-            __builtin_convertvector(place, Bytes);
-      });
+// A line of windows that a line of pixels is in, and which line of theirs.
+struct WindowLine {
+  const float* gradient;
+  const uint8_t* places;
+  int line;
+};
+
+// The gradient of a line of a pool's input, in one line of windows or two.
+template <int kChannels, int kLines>
+void PoolGradient(const Pictures& picture, const WindowLine (&lines)[2],
+                  float* output) {
+  const Pool columns(picture.width);
+  const auto add = [](const WindowLine& line, int64_t at, int column,
+                      Vector* sum) {
+    const __mmask16 mask = _mm_cmpeq_epi8_mask(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(line.places + at)),
+        _mm_set1_epi8(3 * line.line + column));
+    *sum = _mm512_mask_add_ps(*sum, mask, *sum, Load(line.gradient + at));
+  };
+  for (int64_t x = 0; x < columns.outputs; ++x) {
+    const int64_t left = 2 * x - columns.before;
+    for (int c = 0; c < kChannels; c += kLanes) {
+      const int64_t at = x * kChannels + c;
+      Vector first = {}, second = {};
+      for (int i = 0; i < kLines; ++i) {
+        add(lines[i], at, 0, &first);
+        add(lines[i], at, 1, &second);
+        if (x > 0) add(lines[i], at - kChannels, 2, &first);
+      }
+      if (left >= 0) Store(output + left * kChannels + c, first);
+      if (left + 1 < picture.width) {
+        Store(output + (left + 1) * kChannels + c, second);
+      }
+    }
+  }
 }
 
+// The same for line `y` of a picture.
 template <int kChannels>
 void PoolGradient(const Pictures& picture, const float* gradient,
-                  const uint8_t* places, float* input_gradient) {
-  memset(input_gradient, 0, picture.pixels() * kChannels * sizeof(float));
-  Vector value;
-  Integers place;
-  VisitWindows<kChannels>(
-      picture,
-      [&](int64_t at) {
-        value = Load(gradient + at);
-        place = __builtin_convertvector(
-            *reinterpret_cast<const UnalignedBytes*>(places + at), Integers);
-      },
-      [&](int number, int64_t at) {
-        float* sum = input_gradient + at;
-        Store<false>(sum, Load(sum) + (place == number ? value : Vector{}));
-      },
-      [](int64_t) {});
+                  const uint8_t* places, int64_t y, float* output) {
+  const Pool rows(picture.height);
+  const int64_t size = Pool(picture.width).outputs * kChannels;
+  WindowLine lines[2];
+  int count = 0;
+  // Windows begin at every second line.
+  for (int64_t row = (y + rows.before) / 2; row >= 0; --row) {
+    const int64_t line = y - (2 * row - rows.before);
+    if (line > 2) break;
+    if (row < rows.outputs) {
+      lines[count++] = {gradient + row * size, places + row * size,
+                        static_cast<int>(line)};
+    }
+  }
+  if (count == 2) {
+    PoolGradient<kChannels, 2>(picture, lines, output);
+  } else {
+    PoolGradient<kChannels, 1>(picture, lines, output);
+  }
 }
 
 // Uninitialized memory for vectors.
@@ -703,60 +841,178 @@ class Buffer {
   std::unique_ptr<float, decltype(&free)> data_;
 };
 
-// Convolves and pools pictures `begin` to `end`.
+Buffer Zeros(int64_t size) {
+  Buffer buffer(size);
+  memset(buffer.get(), 0, size * sizeof(float));
+  return buffer;
+}
+
+// A convolution, a pool and then pairs of convolutions, of ReLUs, which with
+// what comes before them added are residual blocks.
+struct Section {
+  Pictures pictures;
+  int num_convolutions;
+  const void* frames;    // [images, height, width, kIn], see `TorsoSection`.
+  const float* filters;  // Prepared, one behind the other.
+
+  Pictures picture() const { return {1, pictures.height, pictures.width}; }
+  // So many after the pool.
+  Pictures pooled(int64_t images) const {
+    return {images, Pool(pictures.height).outputs,
+            Pool(pictures.width).outputs};
+  }
+  // A picture as it comes in.
+  template <typename Number>
+  const Number* frame(int64_t image, int channels) const {
+    return static_cast<const Number*>(frames) +
+           image * pictures.pixels() * channels;
+  }
+  // Pictures of so many channels that go through it together.
+  int64_t step(int channels) const {
+    const int64_t bytes = pooled(1).pixels() * channels * sizeof(float);
+    return std::max<int64_t>(1, kCached / std::max<int64_t>(1, bytes));
+  }
+};
+
+// Of prepared filters and of sums for their gradients, with the biases': where
+// those of a convolution begin.
 template <int kIn, int kOut>
-void ConvolveAndPool(const Pictures& pictures, const float* input,
-                     const float* filter, const float* bias, int64_t begin,
-                     int64_t end, float* output, uint8_t* places) {
-  const Pictures picture = {1, pictures.height, pictures.width};
-  const int64_t pooled = PooledPixels(picture) * kOut;
-  const Buffer convolved(picture.pixels() * kOut);
-  const Buffer padded(PaddedSize<kIn>(picture));
-  for (; begin < end; ++begin) {
-    const float* image = input + begin * picture.pixels() * kIn;
-    if constexpr (kIn % kLanes == 0) {
-      Convolve<kIn, kOut, false, false>(picture, image, filter, {bias}, 0,
-                                        picture.tiles(), convolved.get());
-    } else {
-      Pad<kIn>(picture, image, padded.get());
-      ConvolvePadded<kIn, kOut>(picture, padded.get(), filter, bias,
-                                convolved.get());
+int64_t Place(int convolution, int extra_rows) {
+  if (convolution == 0) return 0;
+  const int first = Rows<kIn>() + extra_rows, other = Rows<kOut>() + extra_rows;
+  return (first + int64_t{convolution - 1} * other) * kOut;
+}
+
+// Sends pictures `begin` to `end` through it. What comes out of each
+// convolution, or the pool, goes to `activations`, and which pixels it took to
+// `places`; null for what nobody needs.
+template <int kIn, int kOut, bool kBfloat16>
+void Compute(const Section& section, const std::vector<const float*>& biases,
+             int64_t begin, int64_t end, const std::vector<float*>& activations,
+             uint8_t* places) {
+  const Pictures picture = section.picture();
+  const int64_t pooled = section.pooled(1).pixels() * kOut;
+  const int64_t step = section.step(kOut);
+  const bool stream =
+      section.pictures.images * pooled * sizeof(float) >= kStreamed;
+  // All lines, or those of a window.
+  const int64_t lines = kIn % kLanes == 0 ? picture.height : 3;
+  const Buffer convolved(lines * picture.width * kOut);
+  const auto line = [&](int64_t y) {
+    return convolved.get() + y % lines * picture.width * kOut;
+  };
+  const Buffer padded = Zeros(PaddedSize<kIn>(picture));
+  // Of the last three, as a block's input is added to its output.
+  const Buffer buffers[3] = {Buffer(step * pooled), Buffer(step * pooled),
+                             Buffer(step * pooled)};
+  std::vector<uint8_t> unneeded(places == nullptr ? pooled : 0);
+  for (; begin < end; begin += step) {
+    const int64_t count = std::min(step, end - begin);
+    const int64_t first = begin * pooled;
+    const auto output = [&](int c) {
+      return activations[c] == nullptr || stream ? buffers[c % 3].get()
+                                                 : activations[c] + first;
+    };
+    const auto copy = [&](int c) {
+      return activations[c] != nullptr && stream ? activations[c] + first
+                                                 : nullptr;
+    };
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (kIn % kLanes == 0) {
+        Convolve<kIn, kOut, false, kBfloat16>(
+            picture, section.frame<float>(begin + i, kIn), section.filters,
+            {biases[0]}, convolved.get());
+      } else {
+        Pad<kIn, kBfloat16>(picture, section.frame<uint8_t>(begin + i, kIn),
+                            padded.get());
+      }
+      [[maybe_unused]] int64_t next = 0;
+      const auto convolved_line = [&](int64_t y) {
+        if constexpr (kIn % kLanes != 0) {
+          if (y < next) return line(y);
+          ConvolvePadded<kIn, kOut, kBfloat16>(
+              picture, padded.get(), section.filters, biases[0], y, line(y));
+          ++next;
+        }
+        return line(y);
+      };
+      PoolPicture<kOut>(
+          picture, convolved_line, output(0) + i * pooled,
+          copy(0) == nullptr ? nullptr : copy(0) + i * pooled,
+          places == nullptr ? unneeded.data() : places + first + i * pooled);
     }
-    PoolPicture<kOut>(picture, convolved.get(), output + begin * pooled,
-                      places + begin * pooled);
+    for (int c = 1; c < section.num_convolutions; ++c) {
+      const float* residual = c % 2 == 0 ? output(c - 2) : nullptr;
+      Convolve<kOut, kOut, true, kBfloat16>(
+          section.pooled(count), output(c - 1),
+          section.filters + Place<kIn, kOut>(c, 0),
+          {biases[c], nullptr, residual, copy(c)}, output(c));
+    }
+  }
+  _mm_sfence();  // After what was written past the caches.
+}
+
+// Given the gradient of what came out, adds what pictures `begin` to `end`
+// contribute to the gradients of all filters, transformed, and biases, and
+// computes the gradient of the frames, unless they have few channels. Filters
+// are prepared from those turned around.
+template <int kIn, int kOut, bool kBfloat16>
+void Differentiate(const Section& section,
+                   const std::vector<const float*>& activations,
+                   const uint8_t* places, const float* gradient, int64_t begin,
+                   int64_t end, float* frames_gradient, float* sums) {
+  const Pictures picture = section.picture();
+  const int64_t pooled = section.pooled(1).pixels() * kOut;
+  const int64_t step = section.step(kOut);
+  const Buffer before(step * pooled), between(step * pooled);
+  const int64_t line = picture.width * kOut;
+  const Buffer convolved(kIn % kLanes == 0 ? picture.height * line : line);
+  const Buffer padded = Zeros(PaddedSize<kIn>(picture));
+  for (; begin < end; begin += step) {
+    const int64_t count = std::min(step, end - begin);
+    const int64_t first = begin * pooled;
+    const auto convolution = [&](int c, const float* from,
+                                 const float* residual, float* to) {
+      const float* input = activations[c - 1] + first;
+      Gradients<kOut, kOut, true, kBfloat16>(
+          section.pooled(count), from, input,
+          section.filters + Place<kIn, kOut>(c, 0), {nullptr, input, residual},
+          to, sums + Place<kIn, kOut>(c, 1));
+    };
+    const float* after = gradient + first;
+    for (int c = section.num_convolutions - 1; c > 0; c -= 2) {
+      convolution(c, after, nullptr, between.get());
+      convolution(c - 1, between.get(), after, before.get());
+      after = before.get();
+    }
+    for (int64_t i = begin; i < begin + count; ++i) {
+      const auto pool_gradient = [&](int64_t y, float* to) {
+        PoolGradient<kOut>(picture, after + (i - begin) * pooled,
+                           places + i * pooled, y, to);
+      };
+      if constexpr (kIn % kLanes == 0) {
+        for (int64_t y = 0; y < picture.height; ++y) {
+          pool_gradient(y, convolved.get() + y * line);
+        }
+        Gradients<kIn, kOut, false, kBfloat16>(
+            picture, convolved.get(), section.frame<float>(i, kIn),
+            section.filters, {}, frames_gradient + i * picture.pixels() * kIn,
+            sums);
+      } else {
+        Pad<kIn, false>(picture, section.frame<uint8_t>(i, kIn), padded.get());
+        for (int64_t y = 0; y < picture.height; ++y) {
+          pool_gradient(y, convolved.get());
+          PaddedGradients<kIn, kOut>(picture, convolved.get(), padded.get(), y,
+                                     sums);
+        }
+      }
+    }
   }
 }
 
-// As `Gradients`, for pictures `begin` to `end`, given the gradient of what
-// came out of the pool. That of an input with few channels isn't computed.
-template <int kIn, int kOut>
-void PooledGradients(const Pictures& pictures, const float* gradient,
-                     const uint8_t* places, const float* input,
-                     const float* filter, int64_t begin, int64_t end,
-                     float* input_gradient, float* sums) {
-  const Pictures picture = {1, pictures.height, pictures.width};
-  const int64_t pooled = PooledPixels(picture) * kOut;
-  const int64_t size = picture.pixels() * kIn;
-  const Buffer convolved(picture.pixels() * kOut);
-  const Buffer padded(PaddedSize<kIn>(picture));
-  for (; begin < end; ++begin) {
-    PoolGradient<kOut>(picture, gradient + begin * pooled,
-                       places + begin * pooled, convolved.get());
-    if constexpr (kIn % kLanes == 0) {
-      Gradients<kIn, kOut, false, false>(
-          picture, convolved.get(), input + begin * size, filter, {}, 0,
-          picture.tiles(), input_gradient + begin * size, sums);
-    } else {
-      Pad<kIn>(picture, input + begin * size, padded.get());
-      PaddedGradients<kIn, kOut>(picture, convolved.get(), padded.get(), sums);
-    }
-  }
-}
-
-#if defined(__x86_64__) && !defined(__clang__)
 #pragma GCC pop_options
-#endif
 
+using tensorflow::OpInputList;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
@@ -767,43 +1023,40 @@ using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 namespace errors = tensorflow::errors;
 
-bool Supported() {
-#ifdef __x86_64__
-  return kCompiled && __builtin_cpu_supports("avx512f");
-#else
-  return false;
-#endif
+bool Supported(bool bfloat16) {
+  return __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") &&
+         (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
 }
 
 // The functions for some numbers of channels.
 struct Functions {
   int in;
   int out;
-  int rows;  // Of a prepared filter.
-  decltype(&Prepare<16, 16>) prepare;
-  decltype(&Convolve<16, 16, false, false>) convolve[2][2];  // [relu][stream]
-  decltype(&Gradients<16, 16, false, false>) gradients[2][2];
-  decltype(&ConvolveAndPool<16, 16>) convolve_and_pool;
-  decltype(&PooledGradients<16, 16>) pooled_gradients;
+  int rows;                                      // Of a first prepared filter.
+  decltype(&Prepare<16, 16, false>) prepare[2];  // [bfloat16], here and below.
+  decltype(&Prepare<16, 16, false>) prepare_turned[2];
+  decltype(&Compute<16, 16, false>) compute[2];
+  decltype(&Differentiate<16, 16, false>) differentiate[2];
   decltype(&FinishGradient<16, 16>) finish_gradient;
 };
 
 template <int kIn, int kOut>
 constexpr Functions For() {
-  Functions functions = {kIn, kOut, Rows<kIn>(), Prepare<kIn, kOut>};
+  Functions functions = {
+      kIn,
+      kOut,
+      Rows<kIn>(),
+      {Prepare<kIn, kOut, false>, Prepare<kIn, kOut, true>},
+      {},
+      {Compute<kIn, kOut, false>, Compute<kIn, kOut, true>},
+      {Differentiate<kIn, kOut, false>, Differentiate<kIn, kOut, true>},
+      FinishGradient<kIn, kOut>};
   if constexpr (kIn % kLanes == 0) {
-    functions.convolve[0][0] = Convolve<kIn, kOut, false, false>;
-    functions.convolve[0][1] = Convolve<kIn, kOut, false, true>;
-    functions.convolve[1][0] = Convolve<kIn, kOut, true, false>;
-    functions.convolve[1][1] = Convolve<kIn, kOut, true, true>;
-    functions.gradients[0][0] = Gradients<kIn, kOut, false, false>;
-    functions.gradients[0][1] = Gradients<kIn, kOut, false, true>;
-    functions.gradients[1][0] = Gradients<kIn, kOut, true, false>;
-    functions.gradients[1][1] = Gradients<kIn, kOut, true, true>;
+    functions.prepare_turned[0] = Prepare<kOut, kIn, false>;
+    functions.prepare_turned[1] = Prepare<kOut, kIn, true>;
   }
-  functions.convolve_and_pool = ConvolveAndPool<kIn, kOut>;
-  functions.pooled_gradients = PooledGradients<kIn, kOut>;
-  functions.finish_gradient = FinishGradient<kIn, kOut>;
   return functions;
 }
 
@@ -812,58 +1065,65 @@ constexpr Functions kFunctions[] = {
     For<1, 16>(), For<3, 16>(), For<4, 16>(), For<16, 16>(), For<32, 16>(),
     For<1, 32>(), For<3, 32>(), For<4, 32>(), For<16, 32>(), For<32, 32>()};
 
-// Finds them for a filter, [3, 3, in, out].
-absl::Status Find(const TensorShape& filter, bool pool,
-                  const Functions** functions) {
+// Finds them; null if there are none.
+const Functions* Find(int64_t in, int64_t out) {
   for (const Functions& candidate : kFunctions) {
-    if (filter == TensorShape({3, 3, candidate.in, candidate.out}) &&
-        (pool || candidate.convolve[0][0] != nullptr)) {
-      *functions = &candidate;
-      return absl::OkStatus();
-    }
+    if (candidate.in == in && candidate.out == out) return &candidate;
   }
-  return errors::InvalidArgument(
-      "A filter is [3, 3, in, out] with in and out 16 or 32, in also 1, 3 or 4 "
-      "before a pool; not ",
-      filter.DebugString());
+  return nullptr;
 }
 
-// Checks that a tensor is [images, height, width, channels].
-absl::Status CheckPictures(const Tensor& tensor, int channels) {
-  if (tensor.dims() == 4 && tensor.dim_size(3) == channels) {
-    return absl::OkStatus();
-  }
-  return errors::InvalidArgument("Expected pictures of ", channels,
-                                 " channels, not ",
-                                 tensor.shape().DebugString());
-}
-
-// Checks that a tensor has this shape.
 absl::Status CheckShape(const Tensor& tensor, const TensorShape& shape) {
   if (tensor.shape() == shape) return absl::OkStatus();
   return errors::InvalidArgument("Expected ", shape.DebugString(), ", not ",
                                  tensor.shape().DebugString());
 }
 
-Pictures PicturesOf(const Tensor& tensor) {
-  return {tensor.dim_size(0), tensor.dim_size(1), tensor.dim_size(2)};
-}
-
-// Of a convolution of the input or, with kPool, of one and a pool.
-template <bool kPool>
-TensorShape OutputShape(const Tensor& input, int channels) {
-  TensorShape shape = input.shape();
-  shape.set_dim(3, channels);
-  if (kPool) {
-    shape.set_dim(1, Pool(shape.dim_size(1)).outputs);
-    shape.set_dim(2, Pool(shape.dim_size(2)).outputs);
+// Checks frames and filters; sets the functions for the first convolution.
+absl::Status Check(const Tensor& frames, const OpInputList& filters,
+                   const Functions** functions) {
+  const Tensor& filter = filters[0];
+  *functions = filter.dims() == 4 ? Find(filter.dim_size(2), filter.dim_size(3))
+                                  : nullptr;
+  if (*functions == nullptr || filter.dim_size(0) != 3 ||
+      filter.dim_size(1) != 3) {
+    return errors::InvalidArgument(
+        "A filter is [3, 3, in, out], with out 16 or 32 and in 1, 3, 4, 16 or "
+        "32; not ",
+        filter.shape().DebugString());
   }
-  return shape;
+  const int in = (*functions)->in, out = (*functions)->out;
+  for (int i = 1; i < filters.size(); ++i) {
+    TF_RETURN_IF_ERROR(CheckShape(filters[i], {3, 3, out, out}));
+  }
+  if (filters.size() % 2 == 0) {
+    return errors::InvalidArgument(
+        "After the first convolution they are pairs; not ", filters.size(),
+        " in all.");
+  }
+  const auto dtype = in < kLanes ? tensorflow::DT_UINT8 : tensorflow::DT_FLOAT;
+  if (frames.dims() != 4 || frames.dim_size(3) != in ||
+      frames.dtype() != dtype) {
+    return errors::InvalidArgument("Expected frames of ", in, " channels as ",
+                                   tensorflow::DataTypeString(dtype), ", not ",
+                                   frames.shape().DebugString(), " as ",
+                                   tensorflow::DataTypeString(frames.dtype()));
+  }
+  return absl::OkStatus();
 }
 
-// About as many processor cycles as the convolution of some pixels takes.
-int64_t Cycles(const Functions& functions, int64_t pixels) {
-  return pixels * 9 * functions.in * functions.out / kLanes / 2;
+// The shape of all activations.
+TensorShape Pooled(const Tensor& frames, int channels) {
+  return {frames.dim_size(0), Pool(frames.dim_size(1)).outputs,
+          Pool(frames.dim_size(2)).outputs, channels};
+}
+
+// About as many processor cycles as a picture takes.
+int64_t Cycles(const Section& section, const Functions& functions) {
+  const int64_t pixels = section.pictures.pixels() * functions.in +
+                         (section.num_convolutions - 1) *
+                             section.pooled(1).pixels() * functions.out;
+  return pixels * 9 * functions.out / kLanes / 2;
 }
 
 // Calls work(begin, end) for parts of 0 to `total`, in TensorFlow's threads.
@@ -874,322 +1134,323 @@ void Divide(OpKernelContext* context, int64_t total, int64_t cycles,
   tensorflow::Shard(threads.num_threads, threads.workers, total, cycles, work);
 }
 
-class Kernel : public OpKernel {
- public:
-  explicit Kernel(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES(context, Supported(),
-                errors::Unimplemented("This processor has no AVX-512."));
-  }
-};
-
-absl::Status AllocateFloats(OpKernelContext* context, const TensorShape& shape,
-                            Tensor* tensor) {
-  return context->allocate_temp(tensorflow::DT_FLOAT, shape, tensor);
-}
-
 float* Floats(Tensor* tensor) { return tensor->flat<float>().data(); }
 
 const float* Floats(const Tensor& tensor) {
   return tensor.flat<float>().data();
 }
 
-// What the functions take for a filter.
-absl::Status PrepareFilter(OpKernelContext* context, const Functions& functions,
-                           const Tensor& filter, Tensor* prepared) {
-  TF_RETURN_IF_ERROR(
-      AllocateFloats(context, {functions.rows, functions.out}, prepared));
-  functions.prepare(Floats(filter), Floats(prepared));
-  return absl::OkStatus();
+std::vector<const float*> Floats(const OpInputList& tensors) {
+  std::vector<const float*> floats;
+  for (const Tensor& tensor : tensors) floats.push_back(Floats(tensor));
+  return floats;
 }
 
-// A convolution or, with kPool, one and a pool.
-template <bool kPool>
-class Convolution : public Kernel {
+// Allocates [rows, channels] for all filters or, with an extra row for the
+// bias, for one set of sums for all gradients, `sets` times.
+absl::Status Allocate(OpKernelContext* context, const Functions& functions,
+                      int num_convolutions, int extra_rows, int64_t sets,
+                      Tensor* tensor) {
+  const int64_t rows =
+      functions.rows + extra_rows +
+      (num_convolutions - 1) * (kProducts * functions.out + extra_rows);
+  return context->allocate_temp(tensorflow::DT_FLOAT,
+                                {sets, rows * functions.out}, tensor);
+}
+
+class Kernel : public OpKernel {
  public:
-  explicit Convolution(OpKernelConstruction* context) : Kernel(context) {
-    if (!kPool) OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  explicit Kernel(OpKernelConstruction* context) : OpKernel(context) {
+    tensorflow::DataType precision;
+    OP_REQUIRES_OK(context, context->GetAttr("precision", &precision));
+    bfloat16_ = precision == tensorflow::DT_BFLOAT16;
+    OP_REQUIRES(context, Supported(bfloat16_),
+                errors::Unimplemented("This processor has no AVX-512",
+                                      bfloat16_ ? " for bfloat16." : "."));
   }
 
+ protected:
+  bool bfloat16_;
+};
+
+class TorsoSection : public Kernel {
+ public:
+  using Kernel::Kernel;
+
   void Compute(OpKernelContext* context) override {
-    const Tensor& input = context->input(0);
-    const Tensor& filter = context->input(1);
-    const Tensor& bias = context->input(2);
+    const Tensor& frames = context->input(0);
+    OpInputList filters, biases;
+    OP_REQUIRES_OK(context, context->input_list("filters", &filters));
+    OP_REQUIRES_OK(context, context->input_list("biases", &biases));
     const Functions* functions;
-    OP_REQUIRES_OK(context, Find(filter.shape(), kPool, &functions));
-    OP_REQUIRES_OK(context, CheckPictures(input, functions->in));
-    OP_REQUIRES_OK(context, CheckShape(bias, {functions->out}));
-    OP_REQUIRES(context, context->num_inputs() <= 4,
-                errors::InvalidArgument("More than one residual."));
-    const TensorShape shape = OutputShape<kPool>(input, functions->out);
-    Epilogue epilogue = {Floats(bias)};
-    if (context->num_inputs() > 3) {
-      const Tensor& residual = context->input(3);
-      OP_REQUIRES_OK(context, CheckShape(residual, shape));
-      epilogue.residual = Floats(residual);
+    OP_REQUIRES_OK(context, Check(frames, filters, &functions));
+    const int out = functions->out, num_convolutions = filters.size();
+    for (const Tensor& bias : biases) {
+      OP_REQUIRES_OK(context, CheckShape(bias, {out}));
     }
-    Tensor prepared, *output, *places = nullptr;
-    OP_REQUIRES_OK(context,
-                   PrepareFilter(context, *functions, filter, &prepared));
-    OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
-    const Pictures pictures = PicturesOf(input);
-    if (kPool) {
-      OP_REQUIRES_OK(context, context->allocate_output(1, shape, &places));
-      Divide(context, pictures.images, Cycles(*functions, pictures.pixels()),
-             [&](int64_t begin, int64_t end) {
-               functions->convolve_and_pool(
-                   pictures, Floats(input), Floats(prepared), Floats(bias),
-                   begin, end, Floats(output), places->flat<uint8_t>().data());
-             });
-      return;
+    Tensor prepared;
+    OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 0,
+                                     1, &prepared));
+    Prepare(*functions, filters, Floats(&prepared));
+    // To act, none but the last is needed.
+    std::vector<float*> activations(num_convolutions);
+    uint8_t* places = nullptr;
+    const TensorShape shape = Pooled(frames, out);
+    for (int i = 0; i <= num_convolutions; ++i) {
+      if (!context->output_required(i)) continue;
+      Tensor* output;
+      OP_REQUIRES_OK(context, context->allocate_output(i, shape, &output));
+      if (i < num_convolutions) {
+        activations[i] = Floats(output);
+      } else {
+        places = output->flat<uint8_t>().data();
+      }
     }
-    const int64_t tiles = pictures.tiles();
-    const bool stream = output->TotalBytes() >= kStreamed;
-    Divide(context, (tiles + kTiles - 1) / kTiles,
-           Cycles(*functions, kTiles * kOutputs * kOutputs),
+    const Section section = {
+        {frames.dim_size(0), frames.dim_size(1), frames.dim_size(2)},
+        num_convolutions,
+        frames.data(),
+        Floats(prepared)};
+    Divide(context, frames.dim_size(0), Cycles(section, *functions),
            [&](int64_t begin, int64_t end) {
-             functions->convolve[relu_][stream](
-                 pictures, Floats(input), Floats(prepared), epilogue,
-                 begin * kTiles, std::min(end * kTiles, tiles), Floats(output));
+             functions->compute[bfloat16_](section, Floats(biases), begin, end,
+                                           activations, places);
            });
   }
 
  private:
-  bool relu_ = false;
+  void Prepare(const Functions& first, const OpInputList& filters,
+               float* prepared) {
+    const Functions* functions = &first;
+    for (const Tensor& filter : filters) {
+      functions->prepare[bfloat16_](Floats(filter), prepared);
+      prepared += functions->rows * first.out;
+      functions = Find(first.out, first.out);
+    }
+  }
 };
 
 // [3, 3, in, out] to [3, 3, out, in], with places in the opposite order. With
 // that, the outputs around an input, in which it is, give its gradient.
-void Turn(const Tensor& filter, Tensor* turned) {
+void Turn(const Tensor& filter, float* turned) {
   const int64_t in = filter.dim_size(2), out = filter.dim_size(3);
-  const auto from = filter.shaped<float, 3>({9, in, out});
-  auto to = turned->shaped<float, 3>({9, out, in});
+  const float* from = Floats(filter);
   for (int place = 0; place < 9; ++place) {
+    float* to = turned + (8 - place) * in * out;
     for (int i = 0; i < in; ++i) {
-      for (int o = 0; o < out; ++o) to(8 - place, o, i) = from(place, i, o);
+      for (int o = 0; o < out; ++o) to[o * in + i] = *from++;
     }
   }
 }
 
-// The gradients of a convolution or, with kPool, of one and a pool.
-template <bool kPool>
-class Gradient : public Kernel {
+class TorsoSectionGradient : public Kernel {
  public:
-  explicit Gradient(OpKernelConstruction* context) : Kernel(context) {
-    if (!kPool) OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
-  }
+  using Kernel::Kernel;
 
   void Compute(OpKernelContext* context) override {
     const Tensor& gradient = context->input(0);
-    const Tensor& input = context->input(1);
-    const Tensor& filter = context->input(2);
+    const Tensor& frames = context->input(1);
+    OpInputList filters, activations;
+    OP_REQUIRES_OK(context, context->input_list("filters", &filters));
+    OP_REQUIRES_OK(context, context->input_list("activations", &activations));
+    const Tensor& places = context->input(context->num_inputs() - 1);
     const Functions* functions;
-    OP_REQUIRES_OK(context, Find(filter.shape(), kPool, &functions));
-    const int in = functions->in, out = functions->out;
-    OP_REQUIRES_OK(context, CheckPictures(input, in));
-    const TensorShape output = OutputShape<kPool>(input, out);
-    OP_REQUIRES_OK(context, CheckShape(gradient, output));
-    const uint8_t* places = nullptr;
-    if (kPool) {
-      OP_REQUIRES_OK(context, CheckShape(context->input(3), output));
-      places = context->input(3).flat<uint8_t>().data();
+    OP_REQUIRES_OK(context, Check(frames, filters, &functions));
+    const int num_convolutions = filters.size();
+    const TensorShape shape = Pooled(frames, functions->out);
+    OP_REQUIRES_OK(context, CheckShape(gradient, shape));
+    OP_REQUIRES_OK(context, CheckShape(places, shape));
+    for (const Tensor& activation : activations) {
+      OP_REQUIRES_OK(context, CheckShape(activation, shape));
     }
-    Tensor prepared, *input_gradient = nullptr;
-    OP_REQUIRES(context, context->num_outputs() == (in < kLanes ? 2 : 3),
-                errors::InvalidArgument("Inputs of ", in, " channels have ",
-                                        in >= kLanes ? 1 : 0, " gradients."));
-    if (context->num_outputs() > 2) {
-      OP_REQUIRES_OK(context, PrepareTurned(context, filter, &prepared));
-      OP_REQUIRES_OK(
-          context, context->allocate_output(2, input.shape(), &input_gradient));
+    const bool of_frames = functions->in % kLanes == 0;
+    OP_REQUIRES(
+        context, context->num_outputs() == 2 * num_convolutions + of_frames,
+        errors::InvalidArgument("Frames of ", functions->in, " channels have ",
+                                of_frames ? 1 : 0, " gradients."));
+    float* frames_gradient = nullptr;
+    if (of_frames) {
+      Tensor* output;
+      OP_REQUIRES_OK(context,
+                     context->allocate_output(2 * num_convolutions,
+                                              frames.shape(), &output));
+      frames_gradient = Floats(output);
     }
-    Epilogue epilogue = {};
-    if (relu_) epilogue.mask = Floats(input);
-    const bool stream = input.TotalBytes() >= kStreamed;
-    const Pictures pictures = PicturesOf(input);
-
-    const int64_t total = kPool ? pictures.images : pictures.tiles();
-    const int64_t chunk = kPool ? kChunkImages : kChunkTiles;
-    const int64_t chunks = (total + chunk - 1) / chunk;
-    const int64_t size = (functions->rows + 1) * out;
-    Tensor sums;
-    OP_REQUIRES_OK(context, AllocateFloats(context, {chunks, size}, &sums));
-    const auto add = [&](int64_t begin, int64_t end, float* sums) {
-      memset(sums, 0, size * sizeof(float));
-      float* result = input_gradient ? Floats(input_gradient) : nullptr;
-      if (kPool) {
-        functions->pooled_gradients(pictures, Floats(gradient), places,
-                                    Floats(input), Floats(prepared), begin, end,
-                                    result, sums);
-      } else {
-        functions->gradients[relu_][stream](pictures, Floats(gradient),
-                                            Floats(input), Floats(prepared),
-                                            epilogue, begin, end, result, sums);
-      }
-    };
-    const int64_t pixels = kPool ? pictures.pixels() : kOutputs * kOutputs;
-    Divide(context, chunks, 2 * Cycles(*functions, chunk * pixels),
+    Tensor prepared, sums;
+    OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 0,
+                                     1, &prepared));
+    Prepare(*functions, filters, Floats(&prepared));
+    const int64_t images = frames.dim_size(0);
+    const int64_t chunk =
+        std::max(kChunkImages, (images + kChunks - 1) / kChunks);
+    const int64_t chunks = (images + chunk - 1) / chunk;
+    OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 1,
+                                     chunks, &sums));
+    const int64_t size = sums.dim_size(1);
+    const Section section = {{images, frames.dim_size(1), frames.dim_size(2)},
+                             num_convolutions,
+                             frames.data(),
+                             Floats(prepared)};
+    Divide(context, chunks, 3 * chunk * Cycles(section, *functions),
            [&](int64_t begin, int64_t end) {
              for (int64_t c = begin; c < end; ++c) {
-               add(c * chunk, std::min((c + 1) * chunk, total),
-                   Floats(&sums) + c * size);
+               float* sum = Floats(&sums) + c * size;
+               memset(sum, 0, size * sizeof(float));
+               functions->differentiate[bfloat16_](
+                   section, Floats(activations), places.flat<uint8_t>().data(),
+                   Floats(gradient), c * chunk,
+                   std::min((c + 1) * chunk, images), frames_gradient, sum);
              }
            });
-    Finish(context, *functions, sums);
+    Finish(context, *functions, num_convolutions, sums);
   }
 
  private:
-  static absl::Status PrepareTurned(OpKernelContext* context,
-                                    const Tensor& filter, Tensor* prepared) {
-    const TensorShape shape({3, 3, filter.dim_size(3), filter.dim_size(2)});
-    const Functions* functions;
-    TF_RETURN_IF_ERROR(Find(shape, false, &functions));
-    Tensor turned;
-    TF_RETURN_IF_ERROR(AllocateFloats(context, shape, &turned));
-    Turn(filter, &turned);
-    return PrepareFilter(context, *functions, turned, prepared);
-  }
-
-  // Adds up the sums of chunks, [chunks, rows + 1, out], for two outputs.
-  static void Finish(OpKernelContext* context, const Functions& functions,
-                     const Tensor& sums) {
-    const int in = functions.in, out = functions.out;
-    const int64_t chunks = sums.dim_size(0);
-    Tensor *filter, *bias;
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(0, {3, 3, in, out}, &filter));
-    OP_REQUIRES_OK(context, context->allocate_output(1, {out}, &bias));
-    Divide(context, in, chunks * functions.rows / in * out / kLanes,
-           [&](int64_t begin, int64_t end) {
-             for (int64_t i = begin; i < end; ++i) {
-               functions.finish_gradient(chunks, i, Floats(sums),
-                                         Floats(filter));
-             }
-           });
-    auto total = bias->flat<float>();
-    total.setZero();
-    for (int64_t c = 1; c <= chunks; ++c) {
-      const float* last = Floats(sums) + (c * (functions.rows + 1) - 1) * out;
-      for (int o = 0; o < out; ++o) total(o) += last[o];
+  void Prepare(const Functions& first, const OpInputList& filters,
+               float* prepared) {
+    const Functions* functions = &first;
+    std::vector<float> turned(9 * kMostChannels * kMostChannels);
+    for (const Tensor& filter : filters) {
+      if (functions->prepare_turned[bfloat16_] != nullptr) {
+        Turn(filter, turned.data());
+        functions->prepare_turned[bfloat16_](turned.data(), prepared);
+      }
+      prepared += functions->rows * first.out;
+      functions = Find(first.out, first.out);
     }
   }
 
-  bool relu_ = false;
+  // Adds up the sums of chunks, for two outputs per convolution.
+  static void Finish(OpKernelContext* context, const Functions& first,
+                     int num_convolutions, const Tensor& sums) {
+    const int64_t chunks = sums.dim_size(0), size = sums.dim_size(1);
+    const int out = first.out;
+    const float* sum = Floats(sums);
+    const Functions* functions = &first;
+    for (int i = 0; i < num_convolutions; ++i) {
+      const int in = functions->in, rows = functions->rows;
+      Tensor *filter, *bias;
+      OP_REQUIRES_OK(context,
+                     context->allocate_output(i, {3, 3, in, out}, &filter));
+      OP_REQUIRES_OK(context, context->allocate_output(num_convolutions + i,
+                                                       {out}, &bias));
+      Divide(context, in, chunks * rows / in * out / kLanes,
+             [&](int64_t begin, int64_t end) {
+               for (int64_t channel = begin; channel < end; ++channel) {
+                 functions->finish_gradient(chunks, size, channel, sum,
+                                            Floats(filter));
+               }
+             });
+      sum += rows * out;
+      auto total = bias->flat<float>();
+      total.setZero();
+      for (int64_t c = 0; c < chunks; ++c) {
+        for (int o = 0; o < out; ++o) total(o) += sum[c * size + o];
+      }
+      sum += out;
+      functions = Find(out, out);
+    }
+  }
 };
 
-// [N, height, width, in], [3, 3, in, out] to [N, height, width, out].
-absl::Status ConvolutionShape(InferenceContext* context) {
-  ShapeHandle input, filter, bias, output;
-  TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &input));
+// [N, height, width, in] to [N, ceil(height / 2), ceil(width / 2), out].
+absl::Status SectionShape(InferenceContext* context) {
+  ShapeHandle frames, filter, output;
+  DimensionHandle channels;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &frames));
   TF_RETURN_IF_ERROR(context->WithRank(context->input(1), 4, &filter));
-  TF_RETURN_IF_ERROR(context->WithRank(context->input(2), 1, &bias));
-  DimensionHandle in, out;
+  TF_RETURN_IF_ERROR(context->Merge(context->Dim(frames, 3),
+                                    context->Dim(filter, 2), &channels));
   TF_RETURN_IF_ERROR(
-      context->Merge(context->Dim(input, 3), context->Dim(filter, 2), &in));
-  TF_RETURN_IF_ERROR(
-      context->Merge(context->Dim(bias, 0), context->Dim(filter, 3), &out));
-  TF_RETURN_IF_ERROR(context->ReplaceDim(input, 3, out, &output));
-  for (int i = 3; i < context->num_inputs(); ++i) {
-    TF_RETURN_IF_ERROR(context->Merge(context->input(i), output, &output));
-  }
-  context->set_output(0, output);
-  return absl::OkStatus();
-}
-
-// The same with half of the height and width.
-absl::Status PooledShape(InferenceContext* context) {
-  TF_RETURN_IF_ERROR(ConvolutionShape(context));
-  ShapeHandle output = context->output(0);
+      context->ReplaceDim(frames, 3, context->Dim(filter, 3), &output));
   for (int i : {1, 2}) {
     DimensionHandle size;
     TF_RETURN_IF_ERROR(context->Add(context->Dim(output, i), 1, &size));
     TF_RETURN_IF_ERROR(context->Divide(size, 2, false, &size));
     TF_RETURN_IF_ERROR(context->ReplaceDim(output, i, size, &output));
   }
-  context->set_output(0, output);
-  context->set_output(1, output);
+  for (int i = 0; i < context->num_outputs(); ++i) {
+    context->set_output(i, output);
+  }
   return absl::OkStatus();
 }
 
-// Of filter, bias and, perhaps, input.
-absl::Status GradientShape(InferenceContext* context) {
-  ShapeHandle filter;
-  TF_RETURN_IF_ERROR(context->WithRank(context->input(2), 4, &filter));
-  context->set_output(0, filter);
-  context->set_output(1, context->Vector(context->Dim(filter, 3)));
-  for (int i = 2; i < context->num_outputs(); ++i) {
+absl::Status SectionGradientShape(InferenceContext* context) {
+  int num_convolutions;
+  TF_RETURN_IF_ERROR(context->GetAttr("num_convolutions", &num_convolutions));
+  for (int i = 0; i < num_convolutions; ++i) {
+    ShapeHandle filter;
+    TF_RETURN_IF_ERROR(context->WithRank(context->input(2 + i), 4, &filter));
+    context->set_output(i, filter);
+    context->set_output(num_convolutions + i,
+                        context->Vector(context->Dim(filter, 3)));
+  }
+  for (int i = 2 * num_convolutions; i < context->num_outputs(); ++i) {
     context->set_output(i, context->input(1));
   }
   return absl::OkStatus();
 }
 
-REGISTER_OP("Conv3x3")
-    .Input("input: float")
-    .Input("filter: float")
-    .Input("bias: float")
-    .Input("residual: num_residuals * float")
-    .Output("output: float")
-    .Attr("relu: bool")
-    .Attr("num_residuals: int >= 0")
-    .SetShapeFn(ConvolutionShape)
-    .Doc(R"doc(
-Convolves pictures, [N, height, width, in], with 3x3 pixels, stride 1 and as much
-padding with zeros as keeps their size.
-
-relu: whether the input goes through a ReLU first.
-residual: none or one, of the output's shape, added to it.
-)doc");
-
-REGISTER_OP("Conv3x3Gradient")
-    .Input("gradient: float")
-    .Input("input: float")
-    .Input("filter: float")
-    .Output("filter_gradient: float")
-    .Output("bias_gradient: float")
-    .Output("input_gradient: float")
-    .Attr("relu: bool")
-    .SetShapeFn(GradientShape)
-    .Doc("The gradients of `Conv3x3`, given that of its output.");
-
-REGISTER_OP("Conv3x3Pool")
-    .Input("input: float")
-    .Input("filter: float")
-    .Input("bias: float")
-    .Output("output: float")
+REGISTER_OP("TorsoSection")
+    .Input("frames: T")
+    .Input("filters: num_convolutions * float")
+    .Input("biases: num_convolutions * float")
+    .Output("activations: num_convolutions * float")
     .Output("places: uint8")
-    .SetShapeFn(PooledShape)
+    .Attr("num_convolutions: int >= 1")
+    .Attr("T: {uint8, float}")
+    .Attr("precision: {float, bfloat16}")
+    .SetShapeFn(SectionShape)
     .Doc(R"doc(
-As `Conv3x3` followed by the maximum of 3x3 pixels, with stride 2.
+Convolves frames, [N, height, width, in], takes the maximum of 3x3 pixels with
+stride 2, and sends it through residual blocks: a ReLU, a convolution, a ReLU and
+another one, with what comes before them added. Convolutions are of 3x3 pixels,
+with stride 1 and as much padding with zeros as keeps the size.
 
-places: which of the nine it is.
+frames: of 16 or 32 channels, or of 1, 3 or 4, which are bytes and count as 255ths.
+filters: [3, 3, in, out], and two of [3, 3, out, out] for each block.
+precision: of the factors of products, but for the gradients of filters of less
+  than 16 channels.
+activations: what comes out of the pool and, for each block, of its first
+  convolution and of the block. The last one is the section's output.
+places: which of the nine pixels is the maximum.
 )doc");
 
-REGISTER_OP("Conv3x3PoolGradient")
+REGISTER_OP("TorsoSectionGradient")
     .Input("gradient: float")
-    .Input("input: float")
-    .Input("filter: float")
+    .Input("frames: T")
+    .Input("filters: num_convolutions * float")
+    .Input("activations: num_convolutions * float")
     .Input("places: uint8")
-    .Output("filter_gradient: float")
-    .Output("bias_gradient: float")
-    .Output("input_gradient: num_input_gradients * float")
-    .Attr("num_input_gradients: int >= 0")
-    .SetShapeFn(GradientShape)
+    .Output("filter_gradients: num_convolutions * float")
+    .Output("bias_gradients: num_convolutions * float")
+    .Output("frames_gradient: num_frames_gradients * float")
+    .Attr("num_convolutions: int >= 1")
+    .Attr("num_frames_gradients: int >= 0")
+    .Attr("T: {uint8, float}")
+    .Attr("precision: {float, bfloat16}")
+    .SetShapeFn(SectionGradientShape)
     .Doc(R"doc(
-The gradients of `Conv3x3Pool`, given that of its output.
+The gradients of `TorsoSection`, given that of its output.
 
-input_gradient: one, or none if the input has less than 16 channels.
+frames_gradient: one, or none if frames are bytes.
 )doc");
 
-REGISTER_KERNEL_BUILDER(Name("Conv3x3").Device(tensorflow::DEVICE_CPU),
-                        Convolution<false>);
-REGISTER_KERNEL_BUILDER(Name("Conv3x3Gradient").Device(tensorflow::DEVICE_CPU),
-                        Gradient<false>);
-REGISTER_KERNEL_BUILDER(Name("Conv3x3Pool").Device(tensorflow::DEVICE_CPU),
-                        Convolution<true>);
+REGISTER_KERNEL_BUILDER(Name("TorsoSection").Device(tensorflow::DEVICE_CPU),
+                        TorsoSection);
 REGISTER_KERNEL_BUILDER(
-    Name("Conv3x3PoolGradient").Device(tensorflow::DEVICE_CPU), Gradient<true>);
+    Name("TorsoSectionGradient").Device(tensorflow::DEVICE_CPU),
+    TorsoSectionGradient);
 
 }  // namespace
 }  // namespace impala
 
-// Whether this processor can run the ops.
-extern "C" bool ImpalaConvolutionSupported() { return impala::Supported(); }
+extern "C" bool ImpalaConvolutionSupported(bool bfloat16) {
+  return impala::Supported(bfloat16);
+}
+
+#else
+
+extern "C" bool ImpalaConvolutionSupported(bool) { return false; }
+
+#endif

@@ -210,9 +210,8 @@ flags.DEFINE_enum(
   'precision',
   'float32',
   ['float32', 'bfloat16'],
-  'Of the convolutions on the CPU, and of what is between two of them. In '
-  'bfloat16 they are computed by TensorFlow, not by our own operations for '
-  'processors with AVX-512, which make float32 faster there. Everything else, '
+  'Of what convolutions multiply on the CPU, and, where they are not our own '
+  'operations for AVX-512, of what is between two of them. Everything else, '
   'parameters, losses and V-trace too, is float32.',
 )
 flags.DEFINE_float(
@@ -333,8 +332,8 @@ class Agent(snt.Module):
     Args:
       num_actions: int, number of actions to choose from.
       torso: 'deep' or 'shallow'.
-      precision: 'bfloat16' for an agent in whose session TensorFlow rewrites
-        convolutions to that, else 'float32'.
+      precision: of what convolutions multiply, 'float32' or 'bfloat16'. Those
+        of TensorFlow need a session that rewrites them.
       name: name of the module.
     """
     super().__init__(name)
@@ -411,7 +410,7 @@ class Agent(snt.Module):
     frame, instruction = env_output.observation
     return tf.concat(
       [
-        self._frame_encoder(tf.cast(frame, tf.float32) / 255),
+        self._frame_encoder(frame),
         tf.clip_by_value(env_output.reward, -1, 1)[:, tf.newaxis],
         tf.one_hot(last_action, self.num_actions),
         self._instruction_encoder(instruction),
@@ -438,19 +437,16 @@ _RELU_INIT = snt.initializers.VarianceScaling(2.0)
 
 
 class _Convolution(snt.Conv2D):
-  """The variables of a convolution of 3x3 pixels, and who computes it."""
+  """The variables of a convolution of 3x3 pixels."""
 
-  def __init__(self, channels, precision):
+  def __init__(self, channels):
     super().__init__(channels, 3, name='conv2_d')
-    # TensorFlow rewrites none but its own operations to bfloat16.
-    self._by_tensorflow = precision == 'bfloat16'
 
-  def __call__(self, frame, convolve=convolution.convolve, **options):
-    """Returns what a function of `convolution` makes of float32 [N, ...]."""
-    self._initialize(frame)  # Sonnet's, which makes the variables.
-    return convolve(
-      frame, self.w, self.b, by_tensorflow=self._by_tensorflow, **options
-    )
+  def __call__(self, in_channels):
+    """Returns weights [3, 3, in_channels, channels] and biases [channels]."""
+    # Sonnet's, which makes the variables.
+    self._initialize(tf.TensorSpec([None, None, None, in_channels]))
+    return self.w, self.b
 
 
 class _DeepEncoder(snt.Module):
@@ -458,24 +454,22 @@ class _DeepEncoder(snt.Module):
 
   def __init__(self, precision):
     super().__init__('deep')
-
-    def conv(channels):
-      return _Convolution(channels, precision)
-
+    self._precision = precision
     self._sections = [
-      (conv(channels), [(conv(channels), conv(channels)) for _ in range(2)])
-      for channels in (16, 32, 32)
+      [_Convolution(channels) for _ in range(5)] for channels in (16, 32, 32)
     ]
     self._linear = snt.Linear(256, w_init=_RELU_INIT)
 
   def __call__(self, frame):
-    """Maps float32 [N, height, width, channels] to [N, 256]."""
-    output = frame
-    for conv, blocks in self._sections:
-      output = conv(output, convolution.convolve_and_pool)
-      for first, second in blocks:
-        output = second(first(output, relu=True), relu=True, residual=output)
-    return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(output))))
+    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
+    for convolutions in self._sections:
+      channels = [frame.shape[-1], *[convolutions[0].output_channels] * 4]
+      weights, biases = zip(
+        *map(lambda convolution, n: convolution(n), convolutions, channels),
+        strict=True,
+      )
+      frame = convolution.section(frame, weights, biases, self._precision)
+    return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(frame))))
 
 
 class _ShallowEncoder(snt.Module):
@@ -496,8 +490,8 @@ class _ShallowEncoder(snt.Module):
     )
 
   def __call__(self, frame):
-    """Maps float32 [N, height, width, channels] to [N, 256]."""
-    return self._network(frame)
+    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
+    return self._network(tf.cast(frame, tf.float32) / 255)
 
 
 class _InstructionEncoder(snt.Module):

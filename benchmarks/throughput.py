@@ -36,6 +36,12 @@ _NUM_ACTION_REPEATS = 4
 _SHAPES = {'Pong': (84, 84, 4, 6), 'ViZDoom': (72, 96, 3, 4)}
 
 
+def _products(frames, weights):
+  """Returns how many a layer needs, one per weight and place of its output."""
+  places = frames.shape[:-1].num_elements() or 0
+  return places * weights.shape.num_elements()
+
+
 def step_flops(height, width, channels, num_actions):
   """Returns the FLOPs of an agent step: to act, and three times to learn."""
   import experiment
@@ -50,15 +56,17 @@ def step_flops(height, width, channels, num_actions):
       (tf.zeros([1, height, width, channels], tf.uint8), tf.fill([1], '')),
     )
     agent((tf.zeros([1], tf.int32), env_output), agent.initial_state(1))
+    # The rows of the instruction's encoder are unknown: there is none.
     products = 0
     for op in graph.get_operations():
-      # Each weight is used once for each place of the output, of which a pool
-      # leaves a quarter. The rows of the instruction's encoder are unknown:
-      # there is none.
-      if op.type in ('Conv2D', 'Conv3x3', 'Conv3x3Pool', 'MatMul'):
-        places = (op.inputs if op.type == 'Conv3x3Pool' else op.outputs)[0]
-        places = places.shape[:-1].num_elements() or 0
-        products += places * op.inputs[1].shape.num_elements()
+      if op.type in ('Conv2D', 'MatMul'):
+        products += _products(op.outputs[0], op.inputs[1])
+      elif op.type == 'TorsoSection':
+        frames, *others = op.inputs
+        weights = others[: len(others) // 2]
+        products += _products(frames, weights[0])
+        for output, weight in zip(op.outputs[1:], weights[1:], strict=False):
+          products += _products(output, weight)
   return 4 * 2 * products
 
 

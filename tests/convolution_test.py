@@ -15,18 +15,40 @@ import convolution
 needs_ops = pytest.mark.skipif(
   not convolution.available(), reason='needs `make ops` and AVX-512'
 )
+needs_bfloat16 = pytest.mark.skipif(
+  not convolution.available('bfloat16'),
+  reason='needs `make ops` and AVX-512 for bfloat16',
+)
 
 
-def random_arrays(seed, batch_size, height, width, in_channels, out_channels):
-  """Returns frames, weights, biases and a residual."""
+def random_arrays(seed, batch_size, height, width, channels, num_blocks=2):
+  """Returns frames, and lists of weights and of biases.
+
+  Args:
+    channels: of the frames, which are bytes if there are few, and of the rest.
+  """
   rng = np.random.default_rng(seed)
-  shapes = [
-    (batch_size, height, width, in_channels),
-    (3, 3, in_channels, out_channels),
-    (out_channels,),
-    (batch_size, height, width, out_channels),
+  in_channels, out_channels = channels
+  size = batch_size, height, width, in_channels
+  if in_channels in (16, 32):
+    frames = rng.normal(size=size).astype(np.float32)
+  else:
+    frames = rng.integers(0, 256, size, np.uint8)
+  weights = [
+    rng.normal(0, (9 * n) ** -0.5, (3, 3, n, out_channels)).astype(np.float32)
+    for n in [in_channels] + 2 * num_blocks * [out_channels]
   ]
-  return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+  biases = [
+    rng.normal(0, 0.1, out_channels).astype(np.float32) for _ in weights
+  ]
+  return frames, weights, biases
+
+
+def numbers(frames):
+  """Returns what frames stand for, in float64."""
+  if frames.dtype == np.uint8:
+    frames = frames / 255
+  return frames.astype(np.float64)
 
 
 def shifted(frames):
@@ -37,28 +59,23 @@ def shifted(frames):
     yield (y, x), padded[:, y : y + height, x : x + width]
 
 
-def numpy_convolve(frames, weights, biases, relu, residual):
-  frames = frames.astype(np.float64)
-  if relu:
-    frames = np.maximum(frames, 0)
+def numpy_convolve(frames, weights, biases):
   output = biases.astype(np.float64)
   for place, around in shifted(frames):
     output = output + around @ weights[place]
-  return output if residual is None else output + residual
+  return output
 
 
-def numpy_gradients(frames, weights, relu, gradient):
+def numpy_gradients(frames, weights, gradient):
   """Returns those of frames, weights and biases."""
-  gradient = gradient.astype(np.float64)
-  positive = frames > 0 if relu else np.ones_like(frames)
   weights_gradient = np.empty(weights.shape)
-  for place, around in shifted(frames * positive):
+  for place, around in shifted(frames):
     weights_gradient[place] = np.tensordot(around, gradient, [[0, 1, 2]] * 2)
   # A pixel is above and left of those whose upper left neighbour it is.
   frames_gradient = sum(
     around @ weights[2 - y, 2 - x].T for (y, x), around in shifted(gradient)
   )
-  return frames_gradient * positive, weights_gradient, gradient.sum((0, 1, 2))
+  return frames_gradient, weights_gradient, gradient.sum((0, 1, 2))
 
 
 def pooled_size(size):
@@ -99,119 +116,240 @@ def numpy_pool_gradient(gradient, places, size):
   return padded[:, above : above + size[0], left : left + size[1]]
 
 
-def assert_close(actual, expected):
+def numpy_section(frames, weights, biases):
+  """Returns windows of the pool, and all activations."""
+  windows = numpy_windows(
+    numpy_convolve(numbers(frames), weights[0], biases[0])
+  )
+  activations = [windows.max(0)]
+  for number in range(1, len(weights)):
+    activations.append(
+      numpy_convolve(
+        np.maximum(activations[-1], 0), weights[number], biases[number]
+      )
+    )
+    if number % 2 == 0:
+      activations[-1] += activations[-3]
+  return windows, activations
+
+
+def numpy_section_gradients(frames, weights, activations, places, gradient):
+  """Returns those of frames, weights and biases."""
+  gradient = gradient.astype(np.float64)
+  weights_gradients, biases_gradients = [], []
+
+  def go_back(number, frames, gradient):
+    frames_gradient, *others = numpy_gradients(
+      frames, weights[number], gradient
+    )
+    weights_gradients.insert(0, others[0])
+    biases_gradients.insert(0, others[1])
+    return frames_gradient
+
+  for number in range(len(weights) - 1, 0, -2):
+    hidden, before = activations[number - 1], activations[number - 2]
+    of_hidden = go_back(number, np.maximum(hidden, 0), gradient)
+    of_before = go_back(
+      number - 1, np.maximum(before, 0), of_hidden * (hidden > 0)
+    )
+    gradient = gradient + of_before * (before > 0)
+  gradient = numpy_pool_gradient(gradient, places, frames.shape[1:3])
+  of_frames = go_back(0, numbers(frames), gradient)
+  return of_frames, weights_gradients, biases_gradients
+
+
+def assert_close(actual, expected, tolerance=2e-4):
   """Their difference is small beside the size of the expected numbers."""
   assert actual.shape == expected.shape
   scale = np.sqrt(np.mean(np.square(expected))) + 1e-6
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4 * scale)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def assert_nearly(actual, expected, tolerance):
+  """Their mean difference is small beside the size of the expected numbers."""
+  assert actual.shape == expected.shape
+  error = np.sqrt(np.mean(np.square(actual - expected)))
+  assert error < tolerance * np.sqrt(np.mean(np.square(expected)))
 
 
 def run(function, arrays, config=None):
-  """Returns what a function of tensors gives for arrays."""
+  """Returns what a function of nests of tensors gives for nests of arrays."""
   with tf.Graph().as_default():
-    placeholders = [tf.placeholder(a.dtype, a.shape) for a in arrays]
+    placeholders = tf.nest.map_structure(
+      lambda a: tf.placeholder(a.dtype, a.shape), arrays
+    )
     results = function(*placeholders)
+    feeds = dict(
+      zip(tf.nest.flatten(placeholders), tf.nest.flatten(arrays), strict=True)
+    )
     with tf.Session(config=config) as session:
-      return session.run(results, dict(zip(placeholders, arrays, strict=True)))
+      return session.run(results, feeds)
 
 
-def gradients(frames, weights, biases, gradient, relu=True):
-  output = convolution.convolve(frames, weights, biases, relu)
-  return tf.gradients(output, [frames, weights, biases], gradient)
+def own_section(*inputs, **options):
+  """Returns all outputs of our own operation."""
+  output = convolution.section(*inputs, **options)
+  assert output.op.type == 'TorsoSection'
+  return output.op.outputs
 
 
-def pooled_gradients(frames, weights, biases, gradient):
-  output = convolution.convolve_and_pool(frames, weights, biases)
-  return tf.gradients(output, [frames, weights, biases], gradient)
+def section_gradients(frames, weights, biases, gradient, **options):
+  """Returns all outputs, and gradients of frames, if any, weights, biases."""
+  outputs = own_section(frames, weights, biases, **options)
+  inputs = [*weights, *biases]
+  if frames.dtype == tf.float32:
+    inputs.insert(0, frames)
+  assert outputs[-2].shape == gradient.shape
+  gradients = tf.gradients(outputs[-2], inputs, gradient)
+  assert [g.shape for g in gradients] == [i.shape for i in inputs]
+  return outputs, gradients
 
 
-# Tiles are 4x4, so that sizes are of all remainders, and all of the network's
-# for frames of 72x96 and 84x84. The last one's results are written past the
-# caches.
+def gradient_for(seed, frames, weights):
+  batch_size, height, width, _ = frames.shape
+  size = batch_size, (height + 1) // 2, (width + 1) // 2, weights[0].shape[3]
+  return np.random.default_rng(seed).normal(size=size).astype(np.float32)
+
+
+# Tiles are 4x4, so that sizes are of all remainders, before and after the pool.
 SIZES = [
-  *((1, 1, 1), (2, 3, 5), (3, 7, 6), (1, 4, 4), (4, 9, 12), (2, 11, 11)),
-  *((3, 18, 24), (2, 21, 21), (2, 36, 48), (40, 36, 48)),
+  *((1, 1, 1), (2, 3, 5), (3, 7, 6), (1, 4, 13), (4, 9, 12), (2, 11, 11)),
+  *((9, 18, 24), (2, 21, 21)),
 ]
 
 
-@needs_ops
-@pytest.mark.parametrize('relu', [False, True])
-@pytest.mark.parametrize(
-  'channels', [(i, o) for i in (16, 32) for o in (16, 32)]
-)
-@pytest.mark.parametrize('size', SIZES)
-def test_convolution_and_its_gradients(size, channels, relu):
-  frames, weights, biases, gradient = random_arrays(1, *size, *channels)
-  frames[..., 3] = 0  # The ReLU's gradient is zero there, too.
-
-  def build(frames, weights, biases, gradient):
-    output = convolution.convolve(frames, weights, biases, relu)
-    assert output.op.type == 'Conv3x3'
-    assert output.shape == gradient.shape
-    inputs = [frames, weights, biases]
-    results = tf.gradients(output, inputs, gradient)
-    assert [r.shape for r in results] == [i.shape for i in inputs]
-    return output, *results
-
-  output, *results = run(build, [frames, weights, biases, gradient])
-  assert_close(output, numpy_convolve(frames, weights, biases, relu, None))
-  expected = numpy_gradients(frames, weights, relu, gradient)
+def check_section(size, channels, num_blocks):
+  frames, weights, biases = random_arrays(1, *size, channels, num_blocks)
+  gradient = gradient_for(2, frames, weights)
+  (*activations, places), results = run(
+    section_gradients, (frames, weights, biases, gradient)
+  )
+  windows, expected = numpy_section(frames, weights, biases)
+  for activation, right in zip(activations, expected, strict=True):
+    assert_close(activation, right)
+  # Of nearly equal ones either is right.
+  chosen = np.take_along_axis(windows, places[np.newaxis].astype(int), 0)[0]
+  assert_close(activations[0], chosen)
+  # So is either side of zero for what is nearly zero.
+  of_frames, of_weights, of_biases = numpy_section_gradients(
+    frames, weights, activations, places, gradient
+  )
+  expected = [*of_weights, *of_biases]
+  if frames.dtype == np.float32:
+    expected.insert(0, of_frames)
   for result, right in zip(results, expected, strict=True):
     assert_close(result, right)
-
-
-POOLED_SIZES = [
-  *((1, 1, 1), (2, 3, 5), (3, 7, 6), (1, 4, 13), (9, 18, 24), (2, 11, 11)),
-  *((5, 36, 25), (1, 72, 96)),
-]
 
 
 @needs_ops
 @pytest.mark.parametrize(
   'channels', [(i, o) for i in (1, 3, 4, 16, 32) for o in (16, 32)]
 )
-@pytest.mark.parametrize('size', POOLED_SIZES)
-def test_pooled_convolution_and_its_gradients(size, channels):
-  frames, weights, biases, _ = random_arrays(10, *size, *channels)
-  candidates = numpy_windows(
-    numpy_convolve(frames, weights, biases, False, None)
-  )
-  gradient = np.random.default_rng(11).normal(size=candidates.shape[1:])
-  gradient = gradient.astype(np.float32)
+@pytest.mark.parametrize('size', SIZES)
+def test_section_and_its_gradients(size, channels):
+  check_section(size, channels, num_blocks=2)
 
-  def build(frames, weights, biases, gradient):
-    output = convolution.convolve_and_pool(frames, weights, biases)
-    assert output.op.type == 'Conv3x3Pool'
-    assert output.shape == gradient.shape
-    inputs = [frames, weights, biases]
-    results = tf.gradients(output, inputs, gradient)
-    assert [r.shape for r in results] == [i.shape for i in inputs]
-    return *output.op.outputs, *results
 
-  arrays = [frames, weights, biases, gradient]
-  output, places, *results = run(build, arrays)
-  assert_close(output, candidates.max(0))
-  # Of nearly equal ones either is right.
-  chosen = np.take_along_axis(candidates, places[np.newaxis].astype(int), 0)[0]
-  assert_close(output, chosen)
-  expected = numpy_gradients(
-    *(frames, weights, False),
-    numpy_pool_gradient(gradient, places, frames.shape[1:3]),
+@needs_ops
+@pytest.mark.parametrize('num_blocks', [0, 1, 3])
+def test_other_numbers_of_blocks(num_blocks):
+  check_section((3, 10, 14), (16, 32), num_blocks)
+
+
+# Results of the larger ones are written past the caches.
+@needs_ops
+@pytest.mark.parametrize(
+  ('size', 'channels'),
+  [
+    ((1, 72, 96), (3, 16)),
+    ((45, 72, 96), (3, 16)),
+    ((80, 36, 48), (16, 32)),
+    ((5, 84, 84), (4, 16)),
+  ],
+)
+def test_sizes_of_the_network(size, channels):
+  check_section(size, channels, num_blocks=2)
+
+
+def test_zero_is_where_the_relu_has_no_gradient():
+  frames, weights, biases = random_arrays(3, 2, 8, 8, (16, 16), num_blocks=1)
+  # Nothing goes into the block's last convolution, and exactly zero.
+  weights[1][:] = biases[1][:] = 0
+
+  def build(frames, weights, biases):
+    output = convolution.section(frames, weights, biases)
+    return tf.gradients(output, [*weights, *biases])
+
+  _, first, last, _, of_hidden, _ = run(build, (frames, weights, biases))
+  assert not first.any()
+  assert not last.any()
+  assert not of_hidden.any()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize('channels', [(3, 16), (4, 32), (16, 32), (32, 32)])
+@pytest.mark.parametrize('size', [(2, 11, 13), (9, 18, 24), (1, 36, 48)])
+def test_bfloat16_is_near(size, channels):
+  frames, weights, biases = random_arrays(4, *size, channels)
+  gradient = gradient_for(5, frames, weights)
+
+  def build(*inputs):
+    return section_gradients(*inputs, precision='bfloat16')
+
+  (*activations, places), results = run(
+    build, (frames, weights, biases, gradient)
   )
+  _, expected = numpy_section(frames, weights, biases)
+  for activation, right in zip(activations, expected, strict=True):
+    assert_nearly(activation, right, 0.03)
+    with pytest.raises(AssertionError):
+      assert_nearly(activation, right, 1e-4)  # That would be float32.
+  of_frames, of_weights, of_biases = numpy_section_gradients(
+    frames, weights, activations, places, gradient
+  )
+  expected = [*of_weights, *of_biases]
+  if frames.dtype == np.float32:
+    expected.insert(0, of_frames)
   for result, right in zip(results, expected, strict=True):
-    assert_close(result, right)
+    assert_nearly(result, right, 0.1)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize('channels', [(3, 16), (16, 16)])
+def test_bfloat16_multiplies_what_it_can_hold_exactly(channels):
+  frames, weights, biases = random_arrays(6, 2, 8, 12, channels, num_blocks=0)
+  # All that is multiplied, transforms included, are integers below 256.
+  one = 255 if frames.dtype == np.uint8 else 1
+  frames = one * (frames > np.median(frames)).astype(frames.dtype)
+  weights[0] = 24**2 * np.sign(weights[0])
+
+  def build(*inputs):
+    return own_section(*inputs, precision='bfloat16')[0]
+
+  _, (expected,) = numpy_section(frames, weights, biases)
+  assert_close(run(build, (frames, weights, biases)), expected, 1e-5)
+
+
+@needs_ops
+@pytest.mark.parametrize('size', [(5, 18, 24), (80, 36, 48)])
+def test_output_alone_is_the_same(size):
+  arrays = random_arrays(7, *size, (16, 32))
+  everything = run(own_section, arrays)
+  output = run(convolution.section, arrays)
+  np.testing.assert_array_equal(output, everything[-2])
 
 
 @needs_ops
 def test_of_equal_pixels_one_has_the_pools_gradient():
-  frames = np.zeros((1, 6, 6, 3), np.float32)
-  weights, biases = np.ones((3, 3, 3, 16), np.float32), np.ones(16, np.float32)
+  frames = np.zeros((1, 6, 6, 3), np.uint8)
+  weights = [np.ones((3, 3, 3, 16), np.float32)]
+  biases = [np.ones(16, np.float32)]
 
   def build(frames, weights, biases):
-    output = convolution.convolve_and_pool(frames, weights, biases)
-    return *output.op.outputs, tf.gradients(output, biases)[0]
+    outputs = own_section(frames, weights, biases)
+    return *outputs, tf.gradients(outputs[0], biases)[0]
 
-  output, places, biases_gradient = run(build, [frames, weights, biases])
+  output, places, biases_gradient = run(build, (frames, weights, biases))
   np.testing.assert_array_equal(output, np.ones((1, 3, 3, 16)))
   np.testing.assert_array_equal(places, np.zeros((1, 3, 3, 16)))
   np.testing.assert_array_equal(biases_gradient, [9] * 16)
@@ -220,185 +358,195 @@ def test_of_equal_pixels_one_has_the_pools_gradient():
 @needs_ops
 @pytest.mark.parametrize('value', [np.nan, -np.inf])
 def test_pool_keeps_what_all_pixels_are(value):
-  frames, weights, biases, _ = random_arrays(12, 1, 8, 8, 3, 16)
-  biases[5] = value
-  output = run(convolution.convolve_and_pool, [frames, weights, biases])
+  frames, weights, biases = random_arrays(8, 1, 8, 8, (3, 16), num_blocks=0)
+  biases[0][5] = value
+  output = run(convolution.section, (frames, weights, biases))
   np.testing.assert_array_equal(output[..., 5], np.full((1, 4, 4), value))
   assert np.isfinite(np.delete(output, 5, axis=-1)).all()
 
 
 @needs_ops
-def test_residual_is_added_and_has_the_outputs_gradient():
-  arrays = random_arrays(2, 3, 10, 13, 32, 16)
-  gradient = random_arrays(3, 3, 10, 13, 32, 16)[-1]
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_nan_is_not_hidden_by_the_relu(precision):
+  if not convolution.available(precision):
+    pytest.skip('needs AVX-512 for bfloat16')
+  frames, weights, biases = random_arrays(9, 1, 8, 8, (16, 16), num_blocks=1)
+  biases[0][3] = np.nan
 
-  def build(frames, weights, biases, residual):
-    output = convolution.convolve(frames, weights, biases, True, residual)
-    return output, tf.gradients(output, residual, gradient)[0]
+  def build(*inputs):
+    return convolution.section(*inputs, precision=precision)
 
-  output, residual_gradient = run(build, arrays)
-  frames, weights, biases, residual = arrays
-  assert_close(output, numpy_convolve(frames, weights, biases, True, residual))
-  np.testing.assert_array_equal(residual_gradient, gradient)
+  assert np.isnan(run(build, (frames, weights, biases))).all()
 
 
-@pytest.mark.parametrize('channels', [(3, 16), (16, 8), (64, 64)])
+@pytest.mark.parametrize('channels', [(3, 8), (2, 16), (16, 8), (64, 64)])
 def test_other_channels_are_left_to_tensorflow(channels):
-  arrays = random_arrays(4, 2, 6, 7, *channels)
+  frames, weights, biases = random_arrays(10, 2, 6, 7, channels)
+  if channels[0] > 4:
+    frames = (frames / 255).astype(np.float32)
 
-  def build(frames, weights, biases, residual):
-    return convolution.convolve(frames, weights, biases, True, residual)
+  def build(*inputs):
+    output = convolution.section(*inputs)
+    assert output.op.type != 'TorsoSection'
+    return output
 
-  frames, weights, biases, residual = arrays
-  expected = numpy_convolve(frames, weights, biases, True, residual)
-  assert_close(run(build, arrays), expected)
-
-
-@pytest.mark.parametrize('channels', [(2, 16), (3, 8), (64, 64)])
-def test_pooling_other_channels_is_left_to_tensorflow(channels):
-  frames, weights, biases, _ = random_arrays(4, 2, 6, 7, *channels)
-  output = run(convolution.convolve_and_pool, [frames, weights, biases])
-  expected = numpy_convolve(frames, weights, biases, False, None)
-  assert_close(output, numpy_windows(expected).max(0))
+  _, expected = numpy_section(frames, weights, biases)
+  assert_close(run(build, (frames, weights, biases)), expected[-1])
 
 
-@needs_ops
 def test_tensorflow_alone_on_request():
-  arrays = random_arrays(13, 2, 8, 9, 16, 16)
+  frames, weights, biases = random_arrays(11, 2, 9, 12, (16, 16))
+  gradient = gradient_for(12, frames, weights)
 
-  def build(frames, weights, biases, residual):
-    results = [
-      convolution.convolve(
-        *(frames, weights, biases, True, residual), by_tensorflow=True
-      ),
-      convolution.convolve_and_pool(
-        frames, weights, biases, by_tensorflow=True
-      ),
-    ]
+  def build(frames, weights, biases, gradient):
+    output = convolution.section(frames, weights, biases, by_tensorflow=True)
     types = {op.type for op in frames.graph.get_operations()}
-    assert not types & {'Conv3x3', 'Conv3x3Pool'}
-    return results
+    assert 'TorsoSection' not in types
+    return output, tf.gradients(output, [frames, *weights, *biases], gradient)
 
-  frames, weights, biases, residual = arrays
-  output, pooled = run(build, arrays)
-  assert_close(output, numpy_convolve(frames, weights, biases, True, residual))
-  expected = numpy_convolve(frames, weights, biases, False, None)
-  assert_close(pooled, numpy_windows(expected).max(0))
-
-
-@needs_ops
-@pytest.mark.parametrize('function', [gradients, pooled_gradients])
-def test_no_frames(function):
-  frames, weights, biases, gradient = random_arrays(5, 0, 5, 5, 16, 16)
-  if function is pooled_gradients:
-    gradient = gradient[:, :3, :3]
-  results = run(function, [frames, weights, biases, gradient])
-  assert results[0].shape == (0, 5, 5, 16)
-  assert not results[1].any()
-  assert not results[2].any()
+  output, results = run(build, (frames, weights, biases, gradient))
+  windows, activations = numpy_section(frames, weights, biases)
+  assert_close(output, activations[-1])
+  of_frames, of_weights, of_biases = numpy_section_gradients(
+    frames, weights, activations, windows.argmax(0), gradient
+  )
+  expected = [of_frames, *of_weights, *of_biases]
+  for result, right in zip(results, expected, strict=True):
+    assert_close(result, right)
 
 
 @needs_ops
-@pytest.mark.parametrize('function', [gradients, pooled_gradients])
-def test_results_do_not_depend_on_threads(function, monkeypatch):
+@pytest.mark.parametrize('channels', [(3, 16), (16, 32)])
+def test_no_frames(channels):
+  frames, weights, biases = random_arrays(13, 0, 5, 5, channels)
+  gradient = gradient_for(14, frames, weights)
+  (*activations, _), results = run(
+    section_gradients, (frames, weights, biases, gradient)
+  )
+  assert activations[-1].shape == (0, 3, 3, channels[1])
+  assert not any(result.any() for result in results)
+
+
+@needs_ops
+@pytest.mark.parametrize('channels', [(3, 16), (16, 32)])
+def test_results_do_not_depend_on_threads(channels, monkeypatch):
   # Else the process has the threads of its first session.
   monkeypatch.setenv('TF_OVERRIDE_GLOBAL_THREADPOOL', '1')
-  frames, weights, biases, gradient = random_arrays(6, 30, 18, 24, 32, 32)
-  if function is pooled_gradients:
-    gradient = gradient[:, :9, :12]
-  arrays = [frames, weights, biases, gradient]
+  frames, weights, biases = random_arrays(15, 30, 18, 24, channels)
+  gradient = gradient_for(16, frames, weights)
   one, many = (
-    run(function, arrays, tf.ConfigProto(intra_op_parallelism_threads=threads))
+    run(
+      section_gradients,
+      (frames, weights, biases, gradient),
+      tf.ConfigProto(intra_op_parallelism_threads=threads),
+    )
     for threads in (1, 5)
   )
-  for a, b in zip(one, many, strict=True):
+  for a, b in zip(*map(tf.nest.flatten, (one, many)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 @needs_ops
-@pytest.mark.parametrize(
-  'function', [convolution.convolve, convolution.convolve_and_pool]
-)
-def test_a_frame_is_convolved_the_same_whatever_is_beside_it(function):
-  frames, weights, biases, _ = random_arrays(7, 7, 9, 12, 16, 32)
-
-  def outputs(frames):
-    return run(function, [frames, weights, biases])
-
-  together = outputs(frames)
+def test_a_frame_gives_the_same_whatever_is_beside_it():
+  frames, weights, biases = random_arrays(17, 7, 9, 12, (16, 32))
+  together = run(convolution.section, (frames, weights, biases))
   for number in range(7):
-    alone = outputs(frames[number : number + 1])
+    alone = run(
+      convolution.section, (frames[number : number + 1], weights, biases)
+    )
     np.testing.assert_array_equal(together[number : number + 1], alone)
 
 
-@needs_ops
-def test_nan_is_not_hidden_by_the_relu():
-  frames, weights, biases, _ = random_arrays(8, 1, 8, 8, 16, 16)
-  frames[0, 2, 3, 4] = np.nan
-
-  def build(*inputs):
-    return convolution.convolve(*inputs, relu=True)
-
-  output = run(build, [frames, weights, biases])
-  assert np.isnan(output[0, 1:4, 2:5]).all()
+def op_inputs(**others):
+  """Returns correct inputs of the op but for some, by name."""
+  shapes = {
+    'frames': [2, 4, 4, 16],
+    'filters': [[3, 3, 16, 32], *[[3, 3, 32, 32]] * 2],
+    'biases': [[32]] * 3,
+    **others,
+  }
+  return [
+    # So that it is the kernel that refuses them.
+    [tf.placeholder_with_default(tf.zeros(shape), None) for shape in value]
+    if name != 'frames'
+    else tf.placeholder_with_default(tf.zeros(value), None)
+    for name, value in shapes.items()
+  ]
 
 
 @needs_ops
 @pytest.mark.parametrize(
   ('shapes', 'message'),
   [
-    (([1, 4, 4, 16], [3, 3, 16, 24], [24]), 'A filter is'),
-    (([1, 4, 4, 16], [5, 5, 16, 16], [16]), 'A filter is'),
-    (([1, 4, 4, 32], [3, 3, 16, 16], [16]), 'Expected pictures of 16'),
-    (([4, 4, 16], [3, 3, 16, 16], [16]), 'Expected pictures of 16'),
-    (([1, 4, 4, 16], [3, 3, 16, 16], [32]), 'Expected \\[16\\]'),
-    (([1, 4, 4, 16], [3, 3, 16, 16], [16], [1, 4, 5, 16]), 'Expected \\[1,4,4'),
+    ({'filters': [[3, 3, 16, 24]] * 3}, 'A filter is'),
+    ({'filters': [[5, 5, 16, 32], *[[3, 3, 32, 32]] * 2]}, 'A filter is'),
     (
-      ([1, 4, 4, 16], [3, 3, 16, 16], [16], *[[1, 4, 4, 16]] * 2),
-      'More than one',
+      {'filters': [[3, 3, 16, 32], [3, 3, 16, 32], [3, 3, 32, 32]]},
+      r'Expected \[3,3,32,32\]',
+    ),
+    (
+      {
+        'filters': [[3, 3, 16, 32], *[[3, 3, 32, 32]] * 3],
+        'biases': [[32]] * 4,
+      },
+      'they are pairs; not 4',
+    ),
+    ({'biases': [[32], [16], [32]]}, r'Expected \[32\]'),
+    ({'frames': [2, 4, 4, 32]}, 'Expected frames of 16'),
+    ({'frames': [4, 4, 16]}, 'Expected frames of 16'),
+    (
+      {
+        'frames': [2, 4, 4, 3],
+        'filters': [[3, 3, 3, 32], *[[3, 3, 32, 32]] * 2],
+      },
+      'of 3 channels as uint8, not .* as float',
     ),
   ],
 )
 def test_op_refuses_wrong_shapes(shapes, message):
   with tf.Graph().as_default(), tf.Session() as session:
-    # So that it is the kernel that refuses them.
-    frames, weights, biases, *residual = (
-      tf.placeholder_with_default(tf.zeros(shape), None) for shape in shapes
-    )
-    output = convolution._library().conv3x3(
-      frames, weights, biases, residual, relu=True
+    outputs = convolution._library().torso_section(
+      *op_inputs(**shapes), precision=tf.float32
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-      session.run(output)
+      session.run(outputs.activations[-1])
 
 
 @needs_ops
-def test_gradient_ops_refuse_wrong_shapes():
-  frames, weights, _, gradient = random_arrays(9, 2, 4, 4, 16, 32)
-  pooled = gradient[:, :2, :2]
-  places = np.zeros(pooled.shape, np.uint8)
-  ops = convolution._library()
+@pytest.mark.parametrize(
+  ('others', 'message'),
+  [
+    ({'gradient': [2, 4, 4, 32]}, r'Expected \[2,2,2,32\]'),
+    ({'places': [1, 2, 2, 32]}, r'Expected \[2,2,2,32\]'),
+    (
+      {'activations': [[2, 2, 2, 32], [2, 2, 2, 16], [2, 2, 2, 32]]},
+      r'Expected \[2,2,2,32\]',
+    ),
+    ({'num_frames_gradients': 0}, 'have 1 gradients'),
+  ],
+)
+def test_gradient_op_refuses_wrong_shapes(others, message):
+  right = [2, 2, 2, 32]
+  shapes = {
+    'gradient': right,
+    'activations': [right] * 3,
+    'places': right,
+    'num_frames_gradients': 1,
+    **others,
+  }
   with tf.Graph().as_default(), tf.Session() as session:
-    for results, message in [
-      (
-        ops.conv3x3_gradient(gradient[:1], frames, weights, relu=False),
-        'Expected \\[2,4,4,32\\]',
-      ),
-      (
-        ops.conv3x3_pool_gradient(gradient, frames, weights, places, 1),
-        'Expected \\[2,2,2,32\\]',
-      ),
-      (
-        ops.conv3x3_pool_gradient(pooled, frames, weights, places[:1], 1),
-        'Expected \\[2,2,2,32\\]',
-      ),
-      (
-        ops.conv3x3_pool_gradient(pooled, frames, weights, places, 0),
-        'have 1 gradients',
-      ),
-    ]:
-      with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        session.run(results)
+    frames, filters, _ = op_inputs()
+    results = convolution._library().torso_section_gradient(
+      tf.zeros(shapes['gradient']),
+      frames,
+      filters,
+      [tf.zeros(shape) for shape in shapes['activations']],
+      tf.zeros(shapes['places'], tf.uint8),
+      num_frames_gradients=shapes['num_frames_gradients'],
+      precision=tf.float32,
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+      session.run(results)
 
 
 _PROGRAM = """
@@ -407,11 +555,11 @@ import tensorflow.compat.v1 as tf
 import convolution
 with tf.Graph().as_default(), tf.Session() as session:
   for _ in range(2):
-    output = convolution.convolve(
-      tf.ones([1, 3, 3, 16]), tf.ones([3, 3, 16, 16]), tf.ones([16])
+    output = convolution.section(
+      tf.ones([1, 3, 3, 16]), [tf.ones([3, 3, 16, 16])], [tf.ones([16])]
     )
-  assert output.op.type != 'Conv3x3'
-  assert session.run(output)[0, 1, 1, 0] == 9 * 16 + 1
+  assert output.op.type != 'TorsoSection'
+  assert session.run(output)[0, 0, 0, 0] == 9 * 16 + 1
 """
 
 

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import convolution
 import environments
 import experiment
 import py_process
@@ -385,38 +386,47 @@ def loss_of_single_steps(agent, env, behaviour):
   )
 
 
+def run_learner(learner_batch, precision):
+  """Returns the values of a `LearnerOutput`, and the nodes of its graphs."""
+  env, behaviour = learner_batch
+  with tf.Graph().as_default(), flagsaver.flagsaver(precision=precision):
+    tf.set_random_seed(1)
+    tf.train.get_or_create_global_step()
+    agent = experiment.Agent(NUM_ACTIONS, 'deep', precision)
+    learner = experiment.build_learner(
+      agent, agent.initial_state(3), constants(env), constants(behaviour)
+    )
+    metadata = tf.RunMetadata()
+    with tf.Session(config=experiment._session_config(1)) as session:
+      session.run(tf.global_variables_initializer())
+      values = session.run(
+        learner,
+        options=tf.RunOptions(output_partition_graphs=True),
+        run_metadata=metadata,
+      )
+  return values, [n for graph in metadata.partition_graphs for n in graph.node]
+
+
+def assert_similar_learners(actual, expected):
+  for name in ('total_loss', 'entropy', 'gradient_norm'):
+    np.testing.assert_allclose(
+      getattr(actual, name), getattr(expected, name), rtol=0.05
+    )
+
+
 @pytest.mark.skipif(
   not experiment._has_bfloat16(), reason='needs a processor with bfloat16'
 )
 @flagsaver.flagsaver(batch_size=3, unroll_length=5)
-def test_convolutions_alone_are_bfloat16(learner_batch):
-  env, behaviour = learner_batch
-  outputs, graphs = {}, {}
-  for precision in ('float32', 'bfloat16'):
-    with (
-      tf.Graph().as_default(),
-      flagsaver.flagsaver(precision=precision),
-    ):
-      tf.set_random_seed(1)
-      tf.train.get_or_create_global_step()
-      agent = experiment.Agent(NUM_ACTIONS, 'deep', precision)
-      learner = experiment.build_learner(
-        agent, agent.initial_state(3), constants(env), constants(behaviour)
-      )
-      metadata = tf.RunMetadata()
-      with tf.Session(config=experiment._session_config(1)) as session:
-        session.run(tf.global_variables_initializer())
-        outputs[precision] = session.run(
-          learner,
-          options=tf.RunOptions(output_partition_graphs=True),
-          run_metadata=metadata,
-        )
-      graphs[precision] = metadata.partition_graphs
+def test_tensorflows_convolutions_alone_are_bfloat16(
+  learner_batch, monkeypatch
+):
+  expected, nodes = run_learner(learner_batch, 'float32')
+  assert not any(node.attr['T'].type == tf.bfloat16 for node in nodes)
+  monkeypatch.setattr(convolution, 'available', lambda precision: False)
+  actual, nodes = run_learner(learner_batch, 'bfloat16')
   bfloat16_ops = {
-    node.op
-    for graph in graphs['bfloat16']
-    for node in graph.node
-    if node.attr['T'].type == tf.bfloat16
+    node.op for node in nodes if node.attr['T'].type == tf.bfloat16
   }
   assert any('Conv2D' in op for op in bfloat16_ops)
   # What is between two convolutions follows; nothing else does.
@@ -425,17 +435,24 @@ def test_convolutions_alone_are_bfloat16(learner_batch):
     *('Relu', 'ReluGrad', 'AddV2', 'AddN', 'Reshape'),
     *('_MklNativeMaxPool', '_MklNativeMaxPoolGrad'),
   }
-  assert not any(
-    node.attr['T'].type == tf.bfloat16
-    for graph in graphs['float32']
-    for node in graph.node
-  )
-  for name in ('total_loss', 'entropy', 'gradient_norm'):
-    np.testing.assert_allclose(
-      getattr(outputs['bfloat16'], name),
-      getattr(outputs['float32'], name),
-      rtol=0.05,
-    )
+  assert_similar_learners(actual, expected)
+
+
+@pytest.mark.skipif(
+  not convolution.available('bfloat16'),
+  reason='needs `make ops` and AVX-512 for bfloat16',
+)
+@flagsaver.flagsaver(batch_size=3, unroll_length=5)
+def test_own_sections_are_bfloat16(learner_batch):
+  expected, _ = run_learner(learner_batch, 'float32')
+  actual, nodes = run_learner(learner_batch, 'bfloat16')
+  precisions = [
+    node.attr['precision'].type for node in nodes if 'TorsoSection' in node.op
+  ]
+  # Of the unrolls, of the last observation, and the gradients.
+  assert precisions == [tf.bfloat16] * 9
+  assert not any(node.attr['T'].type == tf.bfloat16 for node in nodes)
+  assert_similar_learners(actual, expected)
 
 
 @flagsaver.flagsaver(precision='bfloat16')
