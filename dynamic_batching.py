@@ -381,14 +381,6 @@ class _BatchRunner(tf.train.QueueRunner):
     with _only_on(batcher.device):
       self._code = tf.placeholder(tf.int32, [], 'error_code')
       self._message = tf.placeholder(tf.string, [], 'error_message')
-    # A batch is computed in the thread that brings its last request, and no
-    # other is woken for any of its operations. The one that watches timeouts
-    # can't be spared for so long.
-    self._options = (
-      tf.RunOptions(inter_op_thread_pool=-1)
-      if batcher.has_no_timeouts
-      else None
-    )
     self._fail_ops = {
       op: batcher.fail(owner, self._code, self._message)
       for owner, op in enumerate(enqueue_ops)
@@ -410,13 +402,13 @@ class _BatchRunner(tf.train.QueueRunner):
       self._leave(sess)
 
   def _compute_batches(self, sess, enqueue_op, coord):
-    step = sess.make_callable(enqueue_op, accept_options=True)
+    step = sess.make_callable(enqueue_op)
     fail = sess.make_callable(
       self._fail_ops[enqueue_op], feed_list=[self._code, self._message]
     )
     while not (coord and coord.should_stop()):
       try:
-        step(options=self._options)
+        step()
       except (tf.errors.AbortedError, tf.errors.UnavailableError):
         raise  # MonitoredSession answers these with a new session.
       except tf.errors.OpError as e:
@@ -461,8 +453,6 @@ class _Batcher:
     _check_options(minimum_batch_size, maximum_batch_size, timeout_ms)
     if not available():
       raise RuntimeError(f'{_LIBRARY} does not exist: `make ops` builds it.')
-    # Whether it never waits a limited time for more requests.
-    self.has_no_timeouts = minimum_batch_size == 1 or not timeout_ms
     self._batch_size = None
     if timeout_ms is None and minimum_batch_size == maximum_batch_size:
       self._batch_size = maximum_batch_size
