@@ -1469,12 +1469,9 @@ def _new_agent(game):
 
 def _session_config(num_actors):
   config = tf.ConfigProto(allow_soft_placement=True)
-  # Threads that wait for work have better things to do than to look for it.
-  config.experimental.disable_thread_spinning = True
-  # The learner's large operations and inference hold a thread each for long,
-  # and the actors' small ones needn't wait for them. Each further thread is one
-  # more to look for work in vain.
-  config.inter_op_parallelism_threads = (os.cpu_count() or 1) + 2
+  # Large convolutions of the learner hold a thread each for long: with more
+  # threads than cores, the actors' small operations needn't wait for them.
+  config.inter_op_parallelism_threads = (os.cpu_count() or 1) + 6
   if not py_process.has_library():
     config.inter_op_parallelism_threads += num_actors
   if FLAGS.precision == 'bfloat16':
