@@ -1469,9 +1469,11 @@ def _new_agent(game):
 
 def _session_config(num_actors):
   config = tf.ConfigProto(allow_soft_placement=True)
-  # Large convolutions of the learner hold a thread each for long: with more
-  # threads than cores, the actors' small operations needn't wait for them.
-  config.inter_op_parallelism_threads = (os.cpu_count() or 1) + 6
+  # Two more than cores, as the learner's large operations hold a thread for
+  # long: the actors' small ones needn't wait for them. No thread looks for work
+  # in vain, which took a tenth of the processor from the network.
+  config.inter_op_parallelism_threads = (os.cpu_count() or 1) + 2
+  config.experimental.disable_thread_spinning = True
   if not py_process.has_library():
     config.inter_op_parallelism_threads += num_actors
   if FLAGS.precision == 'bfloat16':
