@@ -509,6 +509,18 @@ class _InstructionEncoder(snt.Module):
 
     That of an empty instruction is zero.
     """
+    # Makes the variables, which a branch can't.
+    state = self._lstm.initial_state(1)
+    self._lstm(tf.zeros([1, self._embedding.embed_dim]), state)
+    # Most environments give none: half of the operations of an inference.
+    return tf.cond(
+      tf.reduce_any(tf.not_equal(instruction, '')),
+      lambda: self._encode(instruction),
+      lambda: tf.zeros([tf.shape(instruction)[0], *state.hidden.shape[1:]]),
+    )
+
+  def _encode(self, instruction):
+    """As `__call__`, word by word."""
     words = tf.strings.split(instruction, result_type='RaggedTensor')
     lengths = tf.cast(words.row_lengths(), tf.int32)
     # Words come last, after padding; the loop needs a step at least.

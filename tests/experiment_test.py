@@ -155,6 +155,15 @@ def test_instructions_are_read_word_by_word():
   assert all(np.abs(gradient).max() > 0 for gradient in expected[1])
 
 
+def test_no_instructions_are_zeros():
+  with tf.Graph().as_default():
+    encoder = experiment._InstructionEncoder()
+    encoded = encoder(tf.constant(['', '', '']))
+    values, gradients = run((encoded, encoder_gradients(encoder, encoded)))
+  np.testing.assert_array_equal(values, np.zeros([3, 64]))
+  assert not any(gradient.any() for gradient in gradients)
+
+
 def encoder_gradients(encoder, result):
   loss = tf.reduce_sum(tf.sin(10 * result))
   return [
