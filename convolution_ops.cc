@@ -62,7 +62,6 @@ constexpr int64_t kStreamed = int64_t{4} << 20;  // Bytes; see `Epilogue`.
 constexpr int64_t kChunkImages = 8;              // At least, summed apart.
 constexpr int64_t kChunks = 64;                  // At most.
 constexpr int kPixels = 12;                      // Convolved at once.
-constexpr int kMostChannels = 32;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
@@ -568,6 +567,23 @@ void Prepare(const float* filter, float* prepared) {
   }
 }
 
+// Prepares the filter [3, 3, out, in] with places in the opposite order. With
+// that, the outputs around an input, in which it is, give its gradient; there
+// is none for few channels.
+template <int kIn, int kOut, bool kBfloat16>
+void PrepareTurned(const float* filter, float* prepared) {
+  if constexpr (kIn % kLanes == 0) {
+    float turned[9 * kIn * kOut];
+    for (int place = 0; place < 9; ++place) {
+      float* to = turned + (8 - place) * kIn * kOut;
+      for (int i = 0; i < kIn; ++i) {
+        for (int o = 0; o < kOut; ++o) to[o * kIn + i] = *filter++;
+      }
+    }
+    Prepare<kOut, kIn, kBfloat16>(turned, prepared);
+  }
+}
+
 // Adds up the gradients of all chunks, `stride` floats apart, for one channel
 // of the input, and undoes their transform.
 template <int kIn, int kOut>
@@ -1032,11 +1048,13 @@ bool Supported(bool bfloat16) {
 
 // The functions for some numbers of channels.
 struct Functions {
+  using Prepare = void (*[2])(const float* filter, float* prepared);
+
   int in;
   int out;
-  int rows;                                      // Of a first prepared filter.
-  decltype(&Prepare<16, 16, false>) prepare[2];  // [bfloat16], here and below.
-  decltype(&Prepare<16, 16, false>) prepare_turned[2];
+  int rows;         // Of a first prepared filter.
+  Prepare prepare;  // [bfloat16], here and below.
+  Prepare prepare_turned;
   decltype(&Compute<16, 16, false>) compute[2];
   decltype(&Differentiate<16, 16, false>) differentiate[2];
   decltype(&FinishGradient<16, 16>) finish_gradient;
@@ -1044,20 +1062,14 @@ struct Functions {
 
 template <int kIn, int kOut>
 constexpr Functions For() {
-  Functions functions = {
-      kIn,
-      kOut,
-      Rows<kIn>(),
-      {Prepare<kIn, kOut, false>, Prepare<kIn, kOut, true>},
-      {},
-      {Compute<kIn, kOut, false>, Compute<kIn, kOut, true>},
-      {Differentiate<kIn, kOut, false>, Differentiate<kIn, kOut, true>},
-      FinishGradient<kIn, kOut>};
-  if constexpr (kIn % kLanes == 0) {
-    functions.prepare_turned[0] = Prepare<kOut, kIn, false>;
-    functions.prepare_turned[1] = Prepare<kOut, kIn, true>;
-  }
-  return functions;
+  return {kIn,
+          kOut,
+          Rows<kIn>(),
+          {Prepare<kIn, kOut, false>, Prepare<kIn, kOut, true>},
+          {PrepareTurned<kIn, kOut, false>, PrepareTurned<kIn, kOut, true>},
+          {Compute<kIn, kOut, false>, Compute<kIn, kOut, true>},
+          {Differentiate<kIn, kOut, false>, Differentiate<kIn, kOut, true>},
+          FinishGradient<kIn, kOut>};
 }
 
 // Pictures have 1, 3 or 4 channels.
@@ -1170,6 +1182,36 @@ class Kernel : public OpKernel {
   }
 
  protected:
+  struct Inputs {
+    const Functions* functions;  // For the first convolution.
+    Tensor prepared;             // All filters.
+    Section section;
+  };
+
+  // Checks frames and filters, and prepares these in one of the two ways.
+  absl::Status Prepare(OpKernelContext* context, const Tensor& frames,
+                       const OpInputList& filters,
+                       Functions::Prepare Functions::* prepare,
+                       Inputs* inputs) const {
+    const Functions* functions;
+    TF_RETURN_IF_ERROR(Check(frames, filters, &functions));
+    inputs->functions = functions;
+    TF_RETURN_IF_ERROR(
+        Allocate(context, *functions, filters.size(), 0, 1, &inputs->prepared));
+    inputs->section = {
+        {frames.dim_size(0), frames.dim_size(1), frames.dim_size(2)},
+        filters.size(),
+        frames.data(),
+        Floats(inputs->prepared)};
+    float* place = Floats(&inputs->prepared);
+    for (const Tensor& filter : filters) {
+      (functions->*prepare)[bfloat16_](Floats(filter), place);
+      place += functions->rows * functions->out;
+      functions = Find(functions->out, functions->out);
+    }
+    return absl::OkStatus();
+  }
+
   bool bfloat16_;
 };
 
@@ -1182,16 +1224,15 @@ class TorsoSection : public Kernel {
     OpInputList filters, biases;
     OP_REQUIRES_OK(context, context->input_list("filters", &filters));
     OP_REQUIRES_OK(context, context->input_list("biases", &biases));
-    const Functions* functions;
-    OP_REQUIRES_OK(context, Check(frames, filters, &functions));
+    Inputs inputs;
+    OP_REQUIRES_OK(context, Prepare(context, frames, filters,
+                                    &Functions::prepare, &inputs));
+    const Functions* functions = inputs.functions;
+    const Section& section = inputs.section;
     const int out = functions->out, num_convolutions = filters.size();
     for (const Tensor& bias : biases) {
       OP_REQUIRES_OK(context, CheckShape(bias, {out}));
     }
-    Tensor prepared;
-    OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 0,
-                                     1, &prepared));
-    Prepare(*functions, filters, Floats(&prepared));
     // To act, none but the last is needed.
     std::vector<float*> activations(num_convolutions);
     uint8_t* places = nullptr;
@@ -1206,42 +1247,13 @@ class TorsoSection : public Kernel {
         places = output->flat<uint8_t>().data();
       }
     }
-    const Section section = {
-        {frames.dim_size(0), frames.dim_size(1), frames.dim_size(2)},
-        num_convolutions,
-        frames.data(),
-        Floats(prepared)};
     Divide(context, frames.dim_size(0), Cycles(section, *functions),
            [&](int64_t begin, int64_t end) {
              functions->compute[bfloat16_](section, Floats(biases), begin, end,
                                            activations, places);
            });
   }
-
- private:
-  void Prepare(const Functions& first, const OpInputList& filters,
-               float* prepared) {
-    const Functions* functions = &first;
-    for (const Tensor& filter : filters) {
-      functions->prepare[bfloat16_](Floats(filter), prepared);
-      prepared += functions->rows * first.out;
-      functions = Find(first.out, first.out);
-    }
-  }
 };
-
-// [3, 3, in, out] to [3, 3, out, in], with places in the opposite order. With
-// that, the outputs around an input, in which it is, give its gradient.
-void Turn(const Tensor& filter, float* turned) {
-  const int64_t in = filter.dim_size(2), out = filter.dim_size(3);
-  const float* from = Floats(filter);
-  for (int place = 0; place < 9; ++place) {
-    float* to = turned + (8 - place) * in * out;
-    for (int i = 0; i < in; ++i) {
-      for (int o = 0; o < out; ++o) to[o * in + i] = *from++;
-    }
-  }
-}
 
 class TorsoSectionGradient : public Kernel {
  public:
@@ -1254,8 +1266,11 @@ class TorsoSectionGradient : public Kernel {
     OP_REQUIRES_OK(context, context->input_list("filters", &filters));
     OP_REQUIRES_OK(context, context->input_list("activations", &activations));
     const Tensor& places = context->input(context->num_inputs() - 1);
-    const Functions* functions;
-    OP_REQUIRES_OK(context, Check(frames, filters, &functions));
+    Inputs inputs;
+    OP_REQUIRES_OK(context, Prepare(context, frames, filters,
+                                    &Functions::prepare_turned, &inputs));
+    const Functions* functions = inputs.functions;
+    const Section& section = inputs.section;
     const int num_convolutions = filters.size();
     const TensorShape shape = Pooled(frames, functions->out);
     OP_REQUIRES_OK(context, CheckShape(gradient, shape));
@@ -1276,21 +1291,14 @@ class TorsoSectionGradient : public Kernel {
                                               frames.shape(), &output));
       frames_gradient = Floats(output);
     }
-    Tensor prepared, sums;
-    OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 0,
-                                     1, &prepared));
-    Prepare(*functions, filters, Floats(&prepared));
     const int64_t images = frames.dim_size(0);
     const int64_t chunk =
         std::max(kChunkImages, (images + kChunks - 1) / kChunks);
     const int64_t chunks = (images + chunk - 1) / chunk;
+    Tensor sums;
     OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 1,
                                      chunks, &sums));
     const int64_t size = sums.dim_size(1);
-    const Section section = {{images, frames.dim_size(1), frames.dim_size(2)},
-                             num_convolutions,
-                             frames.data(),
-                             Floats(prepared)};
     Divide(context, chunks, 3 * chunk * Cycles(section, *functions),
            [&](int64_t begin, int64_t end) {
              for (int64_t c = begin; c < end; ++c) {
@@ -1306,20 +1314,6 @@ class TorsoSectionGradient : public Kernel {
   }
 
  private:
-  void Prepare(const Functions& first, const OpInputList& filters,
-               float* prepared) {
-    const Functions* functions = &first;
-    std::vector<float> turned(9 * kMostChannels * kMostChannels);
-    for (const Tensor& filter : filters) {
-      if (functions->prepare_turned[bfloat16_] != nullptr) {
-        Turn(filter, turned.data());
-        functions->prepare_turned[bfloat16_](turned.data(), prepared);
-      }
-      prepared += functions->rows * first.out;
-      functions = Find(first.out, first.out);
-    }
-  }
-
   // Adds up the sums of chunks, for two outputs per convolution.
   static void Finish(OpKernelContext* context, const Functions& first,
                      int num_convolutions, const Tensor& sums) {

@@ -462,10 +462,10 @@ class _DeepEncoder(snt.Module):
 
   def __call__(self, frame):
     """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
-    for convolutions in self._sections:
-      channels = [frame.shape[-1], *[convolutions[0].output_channels] * 4]
+    for layers in self._sections:
+      channels = [frame.shape[-1], *[layers[0].output_channels] * 4]
       weights, biases = zip(
-        *map(lambda convolution, n: convolution(n), convolutions, channels),
+        *(layer(n) for layer, n in zip(layers, channels, strict=True)),
         strict=True,
       )
       frame = convolution.section(frame, weights, biases, self._precision)

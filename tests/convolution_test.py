@@ -134,7 +134,7 @@ def numpy_section(frames, weights, biases):
 
 
 def numpy_section_gradients(frames, weights, activations, places, gradient):
-  """Returns those of frames, weights and biases."""
+  """Returns those of frames, unless they are bytes, weights and biases."""
   gradient = gradient.astype(np.float64)
   weights_gradients, biases_gradients = [], []
 
@@ -155,7 +155,11 @@ def numpy_section_gradients(frames, weights, activations, places, gradient):
     gradient = gradient + of_before * (before > 0)
   gradient = numpy_pool_gradient(gradient, places, frames.shape[1:3])
   of_frames = go_back(0, numbers(frames), gradient)
-  return of_frames, weights_gradients, biases_gradients
+  return [
+    *([of_frames] if frames.dtype == np.float32 else []),
+    *weights_gradients,
+    *biases_gradients,
+  ]
 
 
 def assert_close(actual, expected, tolerance=2e-4):
@@ -231,12 +235,9 @@ def check_section(size, channels, num_blocks):
   chosen = np.take_along_axis(windows, places[np.newaxis].astype(int), 0)[0]
   assert_close(activations[0], chosen)
   # So is either side of zero for what is nearly zero.
-  of_frames, of_weights, of_biases = numpy_section_gradients(
+  expected = numpy_section_gradients(
     frames, weights, activations, places, gradient
   )
-  expected = [*of_weights, *of_biases]
-  if frames.dtype == np.float32:
-    expected.insert(0, of_frames)
   for result, right in zip(results, expected, strict=True):
     assert_close(result, right)
 
@@ -304,12 +305,9 @@ def test_bfloat16_is_near(size, channels):
     assert_nearly(activation, right, 0.03)
     with pytest.raises(AssertionError):
       assert_nearly(activation, right, 1e-4)  # That would be float32.
-  of_frames, of_weights, of_biases = numpy_section_gradients(
+  expected = numpy_section_gradients(
     frames, weights, activations, places, gradient
   )
-  expected = [*of_weights, *of_biases]
-  if frames.dtype == np.float32:
-    expected.insert(0, of_frames)
   for result, right in zip(results, expected, strict=True):
     assert_nearly(result, right, 0.1)
 
@@ -407,10 +405,9 @@ def test_tensorflow_alone_on_request():
   output, results = run(build, (frames, weights, biases, gradient))
   windows, activations = numpy_section(frames, weights, biases)
   assert_close(output, activations[-1])
-  of_frames, of_weights, of_biases = numpy_section_gradients(
+  expected = numpy_section_gradients(
     frames, weights, activations, windows.argmax(0), gradient
   )
-  expected = [of_frames, *of_weights, *of_biases]
   for result, right in zip(results, expected, strict=True):
     assert_close(result, right)
 
