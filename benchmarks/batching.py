@@ -5,7 +5,7 @@ Callers run `while_loop`s of requests, as actors do, in sessions' runs of their
 own. The batched computation is next to nothing (one value per row), so what is
 measured is the batching. Run it on an otherwise idle machine:
 
-  python benchmarks/batching.py
+  python -m benchmarks.batching
 
 A row of the table tells the median, over rounds that alternate between the
 batchers, of the requests per second, and of the time that a request takes more
@@ -14,15 +14,13 @@ than in a round of as many callers that compute it without a batcher.
 
 import argparse
 import concurrent.futures
-import os
 import statistics
-import sys
 import time
 
 import tensorflow.compat.v1 as tf
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dynamic_batching
+import experiment
 
 _CALLERS = (1, 8, 48)
 _SHAPES = {'small': (tf.float32, [1, 4]), 'frame': (tf.uint8, [1, 72, 96, 3])}
@@ -74,8 +72,9 @@ class _Setup:
     with tf.Graph().as_default() as graph:
       # All callers run this same op, so there is one batcher.
       self._caller = _build(batched, dtype, shape, num_requests)
-      config = tf.ConfigProto(inter_op_parallelism_threads=num_callers + 4)
-      self._session = tf.Session(graph=graph, config=config)
+      self._session = tf.Session(
+        graph=graph, config=experiment._session_config(0)
+      )
       self._coordinator = tf.train.Coordinator()
       if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS):
         tf.train.start_queue_runners(self._session, self._coordinator)
@@ -128,6 +127,7 @@ def main():
   parser.add_argument('--rounds', type=int, default=9)
   args = parser.parse_args()
   tf.logging.set_verbosity(tf.logging.ERROR)
+  experiment.FLAGS(['benchmark'])  # Sessions are those of a training.
   print('              requests per second     added us per request')
   print('input  callers   dynamic  BatchFn.  ratio   dynamic  BatchFn.  ratio')
   for name, (dtype, shape) in _SHAPES.items():

@@ -28,6 +28,7 @@ from unittest import mock
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+import experiment
 import py_process
 
 _NUM_PROCESSES = (1, 16, 48)
@@ -105,10 +106,7 @@ class _Setup:
           for i in range(num_processes)
         ]
       fetch = tf.group([_loop(step, num_calls) for step in steps])
-      num_threads = 8
-      if pipes or not py_process.has_library():  # A call takes one.
-        num_threads = num_processes + 2
-      config = tf.ConfigProto(inter_op_parallelism_threads=num_threads)
+      config = experiment._session_config(num_processes)
       py_process.start_all(self._processes)
       session = tf.Session(graph=graph, config=config)
     self._run = session.make_callable(fetch)
@@ -167,7 +165,8 @@ def _measure(pipes, num_processes, num_calls, num_rounds):
   op = _Setup(num_processes, num_calls)
   with _in_python():
     python = _Setup(num_processes, num_calls)
-  setups = [op, python, _Setup(num_processes, num_calls, pipes)]
+    pipe = _Setup(num_processes, num_calls, pipes)
+  setups = [op, python, pipe]
   rounds = [[setup.round() for setup in setups] for _ in range(num_rounds)]
   op.close()
   with _in_python():
@@ -181,6 +180,7 @@ def main():
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
   tf.logging.set_verbosity(tf.logging.ERROR)
+  experiment.FLAGS(['benchmark'])  # Sessions are those of a training.
   pipes = Pipes(max(_NUM_PROCESSES))  # Forks, so before TensorFlow's threads.
   print('processes  way     calls/s  spread  x pipe  program us  process us')
   for num_processes in _NUM_PROCESSES:
