@@ -162,6 +162,15 @@ inline Halves ToBfloat16(Vector value) {
   return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(value));
 }
 
+// Rounds to bfloat16.
+inline void Store(uint16_t* place, Vector value) {
+  *reinterpret_cast<UnalignedHalves*>(place) = ToBfloat16(value);
+}
+
+// What factors of products are kept as.
+template <bool kBfloat16>
+using Number = std::conditional_t<kBfloat16, uint16_t, float>;
+
 // A pair of numbers of bfloat16 takes the place of a float. The first is in the
 // lower half.
 inline Vector Pairs(Vector first, Vector second) {
@@ -301,8 +310,7 @@ inline void Keep(float* rows, int number, int offset, Vector value) {
   if constexpr (kFormat == kFloats) {
     Store(rows + number * kStride + offset, value);
   } else if constexpr (kFormat == kRounded) {
-    *reinterpret_cast<UnalignedHalves*>(rows + number * kStride + offset / 2) =
-        ToBfloat16(value);
+    Store(reinterpret_cast<uint16_t*>(rows + number * kStride) + offset, value);
   } else {
     float* place = rows + number / 2 * kStride + offset;
     if (number % 2 == 0) {
@@ -626,17 +634,11 @@ int64_t PaddedSize(const Pictures& picture) {
 // have half of the size of floats.
 template <int kIn, bool kBfloat16>
 void Pad(const Pictures& picture, const uint8_t* input, float* padded) {
-  using Number = std::conditional_t<kBfloat16, uint16_t, float>;
+  using Number = Number<kBfloat16>;
   const auto convert = [](const void* bytes, Number* to) {
     const Integers integers = __builtin_convertvector(
         *reinterpret_cast<const UnalignedBytes*>(bytes), Integers);
-    const Vector numbers =
-        __builtin_convertvector(integers, Vector) * (1.f / 255);
-    if constexpr (kBfloat16) {
-      *reinterpret_cast<UnalignedHalves*>(to) = ToBfloat16(numbers);
-    } else {
-      Store(to, numbers);
-    }
+    Store(to, __builtin_convertvector(integers, Vector) * (1.f / 255));
   };
   const int64_t line = PaddedWidth(picture.width) * kIn;
   const int64_t size = picture.width * kIn;
@@ -657,7 +659,7 @@ template <int kIn, int kOut, bool kBfloat16>
 void ConvolvePadded(const Pictures& picture, const float* padded,
                     const float* filter, const float* bias, int64_t y,
                     float* output) {
-  using Number = std::conditional_t<kBfloat16, uint16_t, float>;
+  using Number = Number<kBfloat16>;
   constexpr int kVectors = kOut / kLanes;
   constexpr int kStep = kBfloat16 ? 2 : 1;
   const int64_t line = PaddedWidth(picture.width) * kIn;
