@@ -516,8 +516,15 @@ class _InstructionEncoder(snt.Module):
     return tf.cond(
       tf.reduce_any(tf.not_equal(instruction, '')),
       lambda: self._encode(instruction),
-      lambda: tf.zeros([tf.shape(instruction)[0], *state.hidden.shape[1:]]),
+      lambda: self._encode_none(tf.shape(instruction)[0], state),
     )
+
+  def _encode_none(self, batch_size, state):
+    """Returns zeros, float32 [batch_size, 64]."""
+    # No row is looked up. Without the embedding in it, this branch's gradient
+    # would be zeros for all rows, which RMSProp takes for an update of each.
+    nothing = tf.reduce_sum(self._embedding(tf.zeros([0], tf.int64)))
+    return tf.zeros([batch_size, *state.hidden.shape[1:]]) + nothing
 
   def _encode(self, instruction):
     """As `__call__`, word by word."""

@@ -164,6 +164,15 @@ def test_no_instructions_are_zeros():
   assert not any(gradient.any() for gradient in gradients)
 
 
+def test_no_instructions_leave_words_to_the_optimizer_as_they_are():
+  with tf.Graph().as_default():
+    encoder = experiment._InstructionEncoder()
+    encoded = encoder(tf.constant(['', '']))
+    (gradient,) = tf.gradients(encoded, encoder._embedding.embeddings)
+    # RMSProp updates each of them, be its gradient zero.
+    assert run(gradient.indices).size <= 1
+
+
 def encoder_gradients(encoder, result):
   loss = tf.reduce_sum(tf.sin(10 * result))
   return [
