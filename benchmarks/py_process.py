@@ -107,6 +107,8 @@ class _Setup:
         ]
       fetch = tf.group([_loop(step, num_calls) for step in steps])
       config = experiment._session_config(num_processes)
+      # Else all have the threads of the process's first session.
+      config.use_per_session_threads = True
       py_process.start_all(self._processes)
       session = tf.Session(graph=graph, config=config)
     self._run = session.make_callable(fetch)
