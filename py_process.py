@@ -22,18 +22,22 @@ all.
 
 How a call travels: caller and process share a piece of memory (an unnamed file
 that vanishes with its last user) and a socket. The caller writes a message to
-the memory and sends its size through the socket; the answer comes back in the
-same way. A message is a sequence of 8-byte little-endian words and of data
-padded to whole words:
+the memory and rings: the socket carries the sizes of the message's header and
+of all of it. The answer comes back in the same way. The header tells what is
+where in the message, the data follow. All is padded to 8-byte words, and words
+are little-endian:
 
-  message: string, number of arrays, arrays
-  string:  number of bytes, bytes
-  array:   TensorFlow's number of the dtype, rank, dimensions, data
-  data:    the numbers, row-major; of string arrays, the strings
+  header: string, number of dtypes, dtypes, number of arrays, arrays
+  string: number of bytes, bytes
+  dtype:  TensorFlow's number of it
+  array:  dtype, rank, dimensions, sizes of its pieces in bytes
+  data:   the pieces of all arrays; a piece is a string of an array of strings,
+          or all numbers of another array, row-major
 
-The string of a request is the name of a method, its first array lists the
-dtypes of the results, the others are the arguments. The string of an answer is
-empty, or the traceback of an exception; its arrays are the flattened results.
+The string of a request is the name of a method, the dtypes are those of the
+results, the arrays are the arguments. The string of an answer is empty, or the
+traceback of an exception; it has no dtypes, its arrays are the flattened
+results.
 
 `py_process_ops.cc` is the caller's end for TensorFlow; `_Channel` below is the
 same in Python, for calls from Python and for where the library isn't built.
@@ -51,6 +55,7 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 import mmap
 import os
 import pickle
@@ -65,6 +70,7 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 
 import cloudpickle
 import numpy as np
@@ -75,6 +81,10 @@ _LIBRARY = os.path.join(
   os.path.dirname(os.path.abspath(__file__)), 'py_process_ops.so'
 )
 _WORD = struct.Struct('<q')
+_BELL = struct.Struct('<2q')  # What the socket carries for each message.
+# Types of results that are no nests; others may be as well.
+_LEAVES = {bool, int, float, str, bytes, np.ndarray, np.bool_}
+_LEAVES |= {np.float32, np.float64, np.int32, np.int64}
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
 
 # linux/prctl.h
@@ -82,7 +92,6 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 # tensorflow/core/framework/types.proto, needed where TensorFlow isn't.
-_STRING = 7
 _DTYPES = {
   np.dtype(name): number
   for name, number in {
@@ -92,6 +101,7 @@ _DTYPES = {
     'uint8': 4,
     'int16': 5,
     'int8': 6,
+    'object': 7,  # Strings.
     'complex64': 8,
     'int64': 9,
     'bool': 10,
@@ -102,6 +112,7 @@ _DTYPES = {
     'uint64': 23,
   }.items()
 }
+_STRINGS = np.dtype(object)
 _DTYPES_BY_NUMBER = {number: dtype for dtype, number in _DTYPES.items()}
 
 
@@ -120,75 +131,73 @@ class ProcessError(RuntimeError):
 # --- Messages ---------------------------------------------------------------
 
 
-class _Memory:
-  """Memory shared by the two ends of a channel, over a file descriptor."""
+class _Layout(typing.NamedTuple):
+  """What is where in a message."""
 
-  def __init__(self, fd):
-    self.fd = fd
-    self._map = mmap.mmap(fd, os.fstat(fd).st_size)
-
-  def write(self, string, arrays):
-    """Writes a message and returns its size in bytes."""
-    chunks = [_string_chunk(string), _word(len(arrays))]
-    for array in arrays:
-      chunks += _array_chunks(array)
-    message = b''.join(chunks)
-    self._reserve(len(message))
-    self._map[: len(message)] = message
-    return len(message)
-
-  def read(self, size):
-    """Returns the string and the arrays of a message of `size` bytes."""
-    self._reserve(size)
-    reader = _Reader(self._map)
-    string = reader.string()
-    return string, [reader.array() for _ in range(reader.word())]
-
-  def close(self):
-    self._map.close()
-    os.close(self.fd)
-
-  def _reserve(self, size):
-    if size <= len(self._map):
-      return
-    file_size = os.fstat(self.fd).st_size
-    if file_size < size:
-      file_size = 2 * size
-      os.ftruncate(self.fd, file_size)
-    self._map.close()
-    self._map = mmap.mmap(self.fd, file_size)
+  bell: bytes
+  header: bytes
+  string: str
+  dtypes: tuple  # TensorFlow's numbers.
+  arrays: tuple  # For each: its dtype, its shape, slices of its pieces.
+  size: int
 
 
-class _Reader:
-  """Takes a message apart, from its beginning to its end."""
+# Cached, since messages mostly differ in nothing but their data.
+@functools.lru_cache(maxsize=32)
+def _lay_out(string, dtypes, arrays):
+  """Lays out a message.
 
-  def __init__(self, buffer):
-    self._buffer = buffer
-    self._position = 0
+  Args:
+    string: str.
+    dtypes: tuple of TensorFlow's numbers.
+    arrays: tuple with, for each array, its dtype, its shape, and a tuple of the
+      sizes of its pieces.
 
-  def word(self):
-    (value,) = _WORD.unpack_from(self._buffer, self._position)
-    self._position += 8
-    return value
+  Returns:
+    The `_Layout`.
 
-  def string(self):
-    size = self.word()
-    begin = self._position
-    self._position += size + _padding(size)
-    return self._buffer[begin : begin + size]
+  Raises:
+    TypeError: TensorFlow has no such dtype.
+  """
+  encoded = string.encode(errors='backslashreplace')
+  words = [len(dtypes), *dtypes, len(arrays)]
+  for dtype, shape, sizes in arrays:
+    if dtype not in _DTYPES:
+      raise TypeError(f'Arrays of dtype {dtype} can not be sent.')
+    words += [_DTYPES[dtype], len(shape), *shape, *sizes]
+  header = _word(len(encoded)) + encoded + bytes(_padding(len(encoded)))
+  header += struct.pack(f'<{len(words)}q', *words)
+  end = len(header)
+  placed = []
+  for dtype, shape, sizes in arrays:
+    slices = []
+    for size in sizes:
+      slices.append(slice(end, end + size))
+      end += size + _padding(size)
+    placed.append((dtype, shape, slices))
+  bell = _BELL.pack(len(header), end)
+  return _Layout(bell, header, string, dtypes, tuple(placed), end)
 
-  def array(self):
-    number = self.word()
-    shape = [self.word() for _ in range(self.word())]
-    if number == _STRING:
-      array = np.empty(shape, dtype=object)
-      for index in np.ndindex(*shape):
-        array[index] = self.string()
-    else:
-      dtype = _DTYPES_BY_NUMBER[number]
-      array = np.ndarray(shape, dtype, self._buffer, self._position).copy()
-      self._position += array.nbytes + _padding(array.nbytes)
-    return array if shape else array[()]
+
+@functools.lru_cache(maxsize=32)
+def _parse(header):
+  """Returns the `_Layout` of the message with a header."""
+  (size,) = _WORD.unpack_from(header)
+  begin, end = _WORD.size, _WORD.size + size
+  string = header[begin:end].decode()
+  words = (word for (word,) in _WORD.iter_unpack(header[end + _padding(end) :]))
+
+  def take(count):
+    return tuple(itertools.islice(words, count))
+
+  dtypes = take(next(words))
+  arrays = []
+  for _ in range(next(words)):
+    dtype = _DTYPES_BY_NUMBER[next(words)]
+    shape = take(next(words))
+    num_pieces = math.prod(shape) if dtype is _STRINGS else 1
+    arrays.append((dtype, shape, take(num_pieces)))
+  return _lay_out(string, dtypes, tuple(arrays))
 
 
 def _padding(size):
@@ -199,29 +208,39 @@ def _word(value):
   return _WORD.pack(value)
 
 
-def _string_chunk(string):
-  """Returns the piece of a message that holds a string."""
-  if isinstance(string, str):
-    string = string.encode()
-  elif not isinstance(string, bytes):
-    raise TypeError(f'A {type(string).__name__} can not be sent.')
-  return _word(len(string)) + string + bytes(_padding(len(string)))
+class _Recipe(typing.NamedTuple):
+  """How results become an answer, as those did that were sent before.
+
+  Environment processes outnumber the cores, and each finds the caches filled by
+  others: what they execute and touch for a call costs several times what a lone
+  process would see. So the types, dtypes and shapes of results are compared
+  with the last ones', which takes the place of finding out what they are.
+  """
+
+  layout: _Layout
+  header: slice
+  steps: list  # For each result: type, conversion, dtype, shape, slice.
 
 
-def _array_chunks(array):
-  """Returns the pieces of a message that hold an array."""
-  header = _array_header(array.dtype, array.shape)
-  if array.dtype.kind in 'OSU':
-    return [header, *map(_string_chunk, array.flat)]
-  return [header, np.ascontiguousarray(array), bytes(_padding(array.nbytes))]
-
-
-@functools.lru_cache
-def _array_header(dtype, shape):
-  number = _STRING if dtype.kind in 'OSU' else _DTYPES.get(dtype)
-  if number is None:
-    raise TypeError(f'Arrays of dtype {dtype} can not be sent.')
-  return struct.pack(f'<{2 + len(shape)}q', number, len(shape), *shape)
+def _make_recipe(results, layout):
+  """Returns the `_Recipe` after which `results` had `layout`."""
+  steps = []
+  for result, (dtype, shape, slices) in zip(
+    results, layout.arrays, strict=True
+  ):
+    kind, convert = type(result), None
+    if isinstance(result, (bool, int, float)):
+      convert = dtype.type
+      if dtype.kind in 'biuf':
+        convert = struct.Struct(dtype.char).pack
+    elif isinstance(result, str):
+      convert = str.encode
+    elif isinstance(result, bytes):
+      convert = bytes
+    elif dtype is _STRINGS or not isinstance(result, (np.ndarray, np.generic)):
+      return None
+    steps.append((kind, convert, dtype, shape, slices[0]))
+  return _Recipe(layout, slice(0, len(layout.header)), steps)
 
 
 class _Channel:
@@ -229,21 +248,54 @@ class _Channel:
 
   def __init__(self, connection, memory_fd):
     self._connection = connection
-    self._memory = _Memory(memory_fd)
+    self._memory_fd = memory_fd
+    self._memory = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
+    self._recipes = {}  # By the promised dtypes.
 
   def filenos(self):
     """Returns the file descriptors of the socket and of the memory."""
-    return self._connection.fileno(), self._memory.fd
+    return self._connection.fileno(), self._memory_fd
 
-  def send(self, string, arrays=()):
-    self._connection.send(_word(self._memory.write(string, arrays)))
+  def send(self, string, dtypes=(), arrays=()):
+    """Sends a str, TensorFlow's numbers, and arrays; returns the `_Layout`."""
+    described, pieces = [], []
+    for array in arrays:
+      if array.dtype.kind in 'OSU':
+        strings = [_encode(string) for string in array.flat]
+        described.append((_STRINGS, array.shape, tuple(map(len, strings))))
+        pieces += strings
+      else:
+        described.append((array.dtype, array.shape, (array.nbytes,)))
+        pieces.append(np.asarray(array, order='C'))
+    layout = _lay_out(string, dtypes, tuple(described))
+    self._reserve(layout.size)
+    self._memory[: len(layout.header)] = layout.header
+    slices = [place for *_, slices in layout.arrays for place in slices]
+    for place, piece in zip(slices, pieces, strict=True):
+      self._memory[place] = piece
+    self._connection.send(layout.bell)
+    return layout
 
   def receive(self):
-    """Returns the next (string, arrays); raises EOFError at the other's end."""
-    bell = self._connection.recv(8)
+    """Returns (string, dtypes, arrays); raises EOFError at the other's end."""
+    bell = self._connection.recv(_BELL.size)
     if not bell:
       raise EOFError
-    return self._memory.read(*_WORD.unpack(bell))
+    header_size, size = _BELL.unpack(bell)
+    self._reserve(size)
+    layout = _parse(self._memory[:header_size])
+    arrays = [self._read(*array) for array in layout.arrays]
+    return layout.string, layout.dtypes, arrays
+
+  def answer(self, results, dtypes):
+    """Sends a list of results; `dtypes` are the promised ones."""
+    recipe = self._recipes.get(dtypes)
+    if recipe is not None and self._follow(recipe, results):
+      self._connection.send(recipe.layout.bell)
+    else:
+      arrays = map(_to_array, results, dtypes)
+      layout = self.send('', arrays=arrays)
+      self._recipes[dtypes] = _make_recipe(results, layout)
 
   def hang_up(self):
     with contextlib.suppress(OSError):
@@ -252,60 +304,47 @@ class _Channel:
   def close(self):
     self._connection.close()
     self._memory.close()
+    os.close(self._memory_fd)
 
+  def _follow(self, recipe, results):
+    """Writes results after a recipe; returns whether it is one for them."""
+    memory = self._memory
+    memory[recipe.header] = recipe.layout.header
+    try:
+      for result, step in zip(results, recipe.steps, strict=True):
+        kind, convert, dtype, shape, place = step
+        if type(result) is not kind:
+          return False
+        if convert is not None:
+          result = convert(result)
+        elif result.dtype is dtype and result.shape == shape:
+          result = np.ascontiguousarray(result)
+        else:
+          return False
+        memory[place] = result
+    # A string of another length, or a number out of its dtype's range.
+    except (IndexError, ValueError, OverflowError, struct.error):
+      return False
+    return True
 
-# --- In an environment's process --------------------------------------------
+  def _read(self, dtype, shape, slices):
+    if dtype is _STRINGS:
+      array = np.empty(shape, dtype)
+      for index, place in zip(np.ndindex(*shape), slices, strict=True):
+        array[index] = self._memory[place]
+    else:
+      array = np.ndarray(shape, dtype, self._memory, slices[0].start).copy()
+    return array if shape else array[()]
 
-
-def _work(channel, payload):
-  """Answers calls until the program hangs up.
-
-  Args:
-    channel: `_Channel` to the program.
-    payload: the pickled (class, args, kwargs) of the object.
-
-  Returns:
-    The exit code of the process.
-  """
-  try:
-    cls, args, kwargs = pickle.loads(payload)
-    target = cls(*args, **kwargs)
-  except Exception:  # Whatever the class raises belongs to the caller.
-    channel.send(_traceback())
-    return 1
-  channel.send(b'')
-  try:
-    while True:
-      method, (dtypes, *arguments) = channel.receive()
-      try:
-        result = getattr(target, method.decode())(*arguments)
-        channel.send(b'', _to_arrays(result, dtypes.tolist()))
-      except Exception:  # As above, and what can't be sent.
-        channel.send(_traceback())
-  except (EOFError, ConnectionError):  # The program hung up or is gone.
-    pass
-  if hasattr(target, 'close'):
-    target.close()
-  _free_shared_memory(os.getpid())  # While the object still has it mapped.
-  return 0
-
-
-def _traceback():
-  return traceback.format_exc().encode(errors='backslashreplace')
-
-
-def _to_arrays(result, dtypes):
-  """Flattens a method's result into arrays of the promised dtypes."""
-  # A method that returns nothing has the empty nest as its spec.
-  leaves = [] if result is None else tree.flatten(result)
-  if len(leaves) != len(dtypes):
-    raise TypeError(
-      f'The method returned {len(leaves)} values, its _tensor_specs '
-      f'promise {len(dtypes)}.'
-    )
-  return [
-    _to_array(leaf, number) for leaf, number in zip(leaves, dtypes, strict=True)
-  ]
+  def _reserve(self, size):
+    if size <= len(self._memory):
+      return
+    file_size = os.fstat(self._memory_fd).st_size
+    if file_size < size:
+      file_size = 2 * size
+      os.ftruncate(self._memory_fd, file_size)
+    self._memory.close()
+    self._memory = mmap.mmap(self._memory_fd, file_size)
 
 
 def _to_array(leaf, number):
@@ -328,6 +367,70 @@ def _to_array(leaf, number):
     array[()] = leaf
     return array
   return np.asarray(leaf)
+
+
+def _encode(string):
+  if isinstance(string, str):
+    return string.encode()
+  if not isinstance(string, bytes):
+    raise TypeError(f'A {type(string).__name__} can not be sent.')
+  return string
+
+
+# --- In an environment's process --------------------------------------------
+
+
+def _work(channel, payload):
+  """Answers calls until the program hangs up.
+
+  Args:
+    channel: `_Channel` to the program.
+    payload: the pickled (class, args, kwargs) of the object.
+
+  Returns:
+    The exit code of the process.
+  """
+  try:
+    cls, args, kwargs = pickle.loads(payload)
+    target = cls(*args, **kwargs)
+  except Exception:  # Whatever the class raises belongs to the caller.
+    channel.send(traceback.format_exc())
+    return 1
+  channel.send('')
+  try:
+    while True:
+      method, dtypes, arguments = channel.receive()
+      try:
+        result = getattr(target, method)(*arguments)
+        # A method that returns nothing has the empty nest as its spec.
+        results = [] if result is None else _flatten(result)
+        if len(results) != len(dtypes):
+          raise TypeError(
+            f'The method returned {len(results)} values, its _tensor_specs '
+            f'promise {len(dtypes)}.'
+          )
+        channel.answer(results, dtypes)
+      except Exception:  # As above, and what can't be sent.
+        channel.send(traceback.format_exc())
+  except (EOFError, ConnectionError):  # The program hung up or is gone.
+    pass
+  if hasattr(target, 'close'):
+    target.close()
+  _free_shared_memory(os.getpid())  # While the object still has it mapped.
+  return 0
+
+
+def _flatten(nest):
+  """As `tree.flatten`, but sooner for tuples, of which most results are."""
+  if type(nest) is not tuple:
+    return tree.flatten(nest)
+  leaves = []
+  for item in nest:
+    if type(item) in _LEAVES:
+      leaves.append(item)
+    else:
+      leaves += _flatten(item)
+  return leaves
 
 
 # --- The fork server --------------------------------------------------------
@@ -735,24 +838,24 @@ class PyProcess:
 
   def _await(self):
     """Waits until the object is made."""
-    error, _ = self._receive()
+    error, _, _ = self._receive()
     if error:
-      raise ProcessError(error.decode())
+      raise ProcessError(error)
     if _library() is not None:
       _library().open_channel(self._number, self._channel)
 
   def _request(self, method, dtypes, shapes, arguments):
     """Calls a method; its results must be of these dtypes and shapes."""
-    numbers = np.asarray([d.as_datatype_enum for d in dtypes], np.int32)
-    arrays = [numbers, *map(np.asarray, arguments)]
+    numbers = tuple(dtype.as_datatype_enum for dtype in dtypes)
+    arguments = [np.asarray(argument) for argument in arguments]
     with self._lock:
       if self._channel is None:
         raise ProcessError('The process is not running; start it first.')
       with contextlib.suppress(ConnectionError):  # Told by the receive.
-        self._channel.send(method.encode(), arrays)
-      error, results = self._receive()
+        self._channel.send(method, numbers, arguments)
+      error, _, results = self._receive()
     if error:
-      raise ProcessError(error.decode())
+      raise ProcessError(error)
     for i, result in enumerate(results):
       # A scalar string is `bytes`, and has neither.
       dtype, shape = getattr(result, 'dtype', object), np.shape(result)

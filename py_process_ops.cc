@@ -6,7 +6,7 @@
 //   1. `PyProcessCall` finds the channel of its process, joins the channel's
 //      queue and returns: no TensorFlow thread waits for the process.
 //   2. When it is the first in the queue, its arguments are written to the
-//      memory shared with the process, and the size of the message is sent
+//      memory shared with the process, and the sizes of the message are sent
 //      through a socket to ring the bell.
 //   3. The process reads the message, runs the method, writes the result over
 //      the arguments and rings back.
@@ -35,7 +35,8 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
+#include "absl/container/inlined_vector.h"
+#include "absl/strings/string_view.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -64,68 +65,86 @@ constexpr size_t kWord = sizeof(int64_t);
 
 size_t Padded(size_t size) { return (size + kWord - 1) / kWord * kWord; }
 
-// Writes a message; without memory it only measures it.
+// The bell: what is sent through the socket for each message.
+struct Bell {
+  int64_t header_size;
+  int64_t size;  // Of the header and the data.
+};
+
+// Collects a message, and writes it once its size is known.
 class Writer {
  public:
-  explicit Writer(char* memory) : memory_(memory) {}
+  void Word(int64_t value) { header_.push_back(value); }
 
-  void Word(int64_t value) { Raw(&value, kWord); }
-
-  void String(const char* data, size_t size) {
-    Word(size);
-    Raw(data, size);
+  void String(const std::string& value) {
+    Word(value.size());
+    const size_t begin = header_.size();
+    header_.resize(begin + Padded(value.size()) / kWord);
+    memcpy(header_.data() + begin, value.data(), value.size());
   }
 
+  // Refers to the tensor, which must live until the message is written.
   void Array(const Tensor& tensor) {
     Word(tensor.dtype());
     Word(tensor.dims());
     for (int i = 0; i < tensor.dims(); ++i) Word(tensor.dim_size(i));
     if (tensor.dtype() == tensorflow::DT_STRING) {
       const auto strings = tensor.flat<tstring>();
-      for (int64_t i = 0; i < strings.size(); ++i) {
-        String(strings(i).data(), strings(i).size());
-      }
+      for (int64_t i = 0; i < strings.size(); ++i) Piece(strings(i));
     } else {
-      const auto data = tensor.tensor_data();
-      Raw(data.data(), data.size());
+      Piece(tensor.tensor_data());
     }
   }
 
-  size_t size() const { return size_; }
-
- private:
-  void Raw(const void* data, size_t size) {
-    if (memory_ != nullptr && size > 0) memcpy(memory_ + size_, data, size);
-    size_ += Padded(size);
+  Bell bell() const {
+    const int64_t header_size = header_.size() * kWord;
+    return {header_size, header_size + static_cast<int64_t>(data_size_)};
   }
 
-  char* const memory_;
-  size_t size_ = 0;
+  void Write(char* memory) const {
+    memcpy(memory, header_.data(), header_.size() * kWord);
+    memory += header_.size() * kWord;
+    for (const absl::string_view piece : pieces_) {
+      if (!piece.empty()) memcpy(memory, piece.data(), piece.size());
+      memory += Padded(piece.size());
+    }
+  }
+
+ private:
+  void Piece(absl::string_view piece) {
+    Word(piece.size());
+    pieces_.push_back(piece);
+    data_size_ += Padded(piece.size());
+  }
+
+  absl::InlinedVector<int64_t, 32> header_;
+  absl::InlinedVector<absl::string_view, 8> pieces_;
+  size_t data_size_ = 0;
 };
 
 // Reads a message. The process at the other end may be broken, so nothing it
 // wrote is trusted.
 class Reader {
  public:
-  Reader(const char* memory, size_t size) : memory_(memory), size_(size) {}
+  Reader(const char* memory, Bell bell)
+      : header_{memory, static_cast<size_t>(bell.header_size)},
+        data_{memory + bell.header_size,
+              static_cast<size_t>(bell.size - bell.header_size)} {}
 
   absl::Status Word(int64_t* value) {
-    const char* data = nullptr;
-    TF_RETURN_IF_ERROR(Raw(kWord, &data));
-    memcpy(value, data, kWord);
+    absl::string_view bytes;
+    TF_RETURN_IF_ERROR(Take(kWord, &header_, &bytes));
+    memcpy(value, bytes.data(), kWord);
     return absl::OkStatus();
   }
 
-  absl::Status String(tstring* value) {
+  absl::Status String(absl::string_view* value) {
     int64_t size;
-    const char* data = nullptr;
     TF_RETURN_IF_ERROR(Word(&size));
-    TF_RETURN_IF_ERROR(Raw(size, &data));
-    value->assign(data, size);
-    return absl::OkStatus();
+    return Take(size, &header_, value);
   }
 
-  absl::Status ArrayHeader(DataType* dtype, TensorShape* shape) {
+  absl::Status ArrayType(DataType* dtype, TensorShape* shape) {
     int64_t type, dims;
     TF_RETURN_IF_ERROR(Word(&type));
     *dtype = static_cast<DataType>(type);
@@ -139,35 +158,48 @@ class Reader {
   }
 
   absl::Status ArrayData(Tensor* tensor) {
+    absl::string_view piece;
     if (tensor->dtype() == tensorflow::DT_STRING) {
       auto strings = tensor->flat<tstring>();
       for (int64_t i = 0; i < strings.size(); ++i) {
-        TF_RETURN_IF_ERROR(String(&strings(i)));
+        TF_RETURN_IF_ERROR(Piece(&piece));
+        strings(i).assign(piece.data(), piece.size());
       }
       return absl::OkStatus();
     }
     const auto target = tensor->tensor_data();
-    const char* data = nullptr;
-    TF_RETURN_IF_ERROR(Raw(target.size(), &data));
+    TF_RETURN_IF_ERROR(Piece(&piece));
+    if (piece.size() != target.size()) return Broken();
     if (!target.empty()) {
-      memcpy(const_cast<char*>(target.data()), data, target.size());
+      memcpy(const_cast<char*>(target.data()), piece.data(), piece.size());
     }
     return absl::OkStatus();
   }
 
  private:
-  absl::Status Raw(int64_t size, const char** data) {
-    if (size < 0 || Padded(size) > size_ - position_) {
-      return errors::Internal("The environment process sent a cut message.");
+  absl::Status Piece(absl::string_view* piece) {
+    int64_t size;
+    TF_RETURN_IF_ERROR(Word(&size));
+    return Take(size, &data_, piece);
+  }
+
+  static absl::Status Take(int64_t size, absl::string_view* from,
+                           absl::string_view* taken) {
+    if (size < 0 || static_cast<size_t>(size) > from->size() ||
+        Padded(size) > from->size()) {
+      return Broken();
     }
-    *data = memory_ + position_;
-    position_ += Padded(size);
+    *taken = from->substr(0, size);
+    from->remove_prefix(Padded(size));
     return absl::OkStatus();
   }
 
-  const char* const memory_;
-  const size_t size_;
-  size_t position_ = 0;
+  static absl::Status Broken() {
+    return errors::Internal("The environment process sent a broken message.");
+  }
+
+  absl::string_view header_;
+  absl::string_view data_;
 };
 
 // The memory shared with a process. Whoever writes a message that does not fit
@@ -220,29 +252,30 @@ struct Call {
   AsyncOpKernel::DoneCallback done;
   const std::string* method;
   const std::vector<PartialTensorShape>* output_shapes;
-  Tensor output_types;
+  const std::vector<DataType>* output_types;
   CancellationToken token = CancellationManager::kInvalidToken;
   bool cancelled = false;  // Before it was queued; guarded by its channel.
 };
 
-absl::Status ReadResult(const Call& call, const char* memory, size_t size) {
-  Reader reader(memory, size);
-  tstring error;
-  int64_t count;
+absl::Status ReadResult(const Call& call, const char* memory, Bell bell) {
+  Reader reader(memory, bell);
+  absl::string_view error;
+  int64_t num_dtypes, num_arrays;
   TF_RETURN_IF_ERROR(reader.String(&error));
   if (!error.empty()) {
     return errors::Unknown("An environment process raised in ", *call.method,
-                           ":\n", absl::string_view(error));
+                           ":\n", error);
   }
-  TF_RETURN_IF_ERROR(reader.Word(&count));
-  if (count != call.context->num_outputs()) {
-    return errors::Internal(*call.method, " sent ", count, " arrays, not ",
+  TF_RETURN_IF_ERROR(reader.Word(&num_dtypes));  // Answers have none.
+  TF_RETURN_IF_ERROR(reader.Word(&num_arrays));
+  if (num_arrays != call.context->num_outputs()) {
+    return errors::Internal(*call.method, " sent ", num_arrays, " arrays, not ",
                             call.context->num_outputs());
   }
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < num_arrays; ++i) {
     DataType dtype;
     TensorShape shape;
-    TF_RETURN_IF_ERROR(reader.ArrayHeader(&dtype, &shape));
+    TF_RETURN_IF_ERROR(reader.ArrayType(&dtype, &shape));
     const PartialTensorShape& expected = (*call.output_shapes)[i];
     if (dtype != call.context->expected_output_dtype(i) ||
         !expected.IsCompatibleWith(shape)) {
@@ -261,10 +294,11 @@ absl::Status ReadResult(const Call& call, const char* memory, size_t size) {
 }
 
 void WriteRequest(const Call& call, Writer* writer) {
-  writer->String(call.method->data(), call.method->size());
+  writer->String(*call.method);
+  writer->Word(call.output_types->size());
+  for (const DataType type : *call.output_types) writer->Word(type);
   const int num_arguments = call.context->num_inputs() - 1;
-  writer->Word(num_arguments + 1);
-  writer->Array(call.output_types);
+  writer->Word(num_arguments);
   for (int i = 0; i < num_arguments; ++i) {
     writer->Array(call.context->input(i + 1));
   }
@@ -286,19 +320,16 @@ class Poller {
     return poller;
   }
 
-  bool Watch(int socket, int64_t key, bool again) {
-    epoll_event event = {};
-    event.events = EPOLLIN | EPOLLONESHOT;
-    event.data.u64 = key;
-    return epoll_ctl(epoll_, again ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, socket,
-                     &event) == 0;
-  }
-
-  // Returns the key under which a channel's events arrive.
-  int64_t Add(std::weak_ptr<Channel> channel) {
+  // Calls OnReadable from now on, until the channel is gone.
+  bool Add(int socket, std::weak_ptr<Channel> channel, int64_t* key) {
     mutex_lock lock(mu_);
-    channels_[++last_key_] = std::move(channel);
-    return last_key_;
+    channels_[*key = ++last_key_] = std::move(channel);
+    epoll_event event = {};
+    // Edge-triggered: the end of a process is told once. That it may come along
+    // with an answer and be missed does no harm, as then the next send fails.
+    event.events = EPOLLIN | EPOLLET;
+    event.data.u64 = *key;
+    return epoll_ctl(epoll_, EPOLL_CTL_ADD, socket, &event) == 0;
   }
 
   void Remove(int64_t key) {
@@ -338,7 +369,12 @@ class Channel : public std::enable_shared_from_this<Channel> {
     close(socket_);
   }
 
-  void Start() { key_ = Poller::Get()->Add(weak_from_this()); }
+  void Start() {
+    if (!Poller::Get()->Add(socket_, weak_from_this(), &key_)) {
+      Break(errors::Internal("Can't wait for the environment process: ",
+                             strerror(errno)));
+    }
+  }
 
   void Enqueue(std::shared_ptr<Call> call) {
     CancellationManager* manager = call->context->cancellation_manager();
@@ -384,25 +420,29 @@ class Channel : public std::enable_shared_from_this<Channel> {
 
   // The process rang, or its end of the socket closed.
   void OnReadable() {
-    int64_t size = 0;
-    ssize_t received;
-    do {
-      received = recv(socket_, &size, sizeof(size), 0);
-    } while (received < 0 && errno == EINTR);
-    if (received != sizeof(size)) {
-      Break(errors::Internal("The environment process died."));
-      return;
-    }
+    Bell bell;
+    bool complete;
     std::shared_ptr<Call> call;
     {
       mutex_lock lock(mu_);
-      call = std::move(current_);
-      current_.reset();
+      if (!busy_) return;  // Python made the call, and waits for the answer.
+      ssize_t received;
+      do {
+        received = recv(socket_, &bell, sizeof(bell), MSG_DONTWAIT);
+      } while (received < 0 && errno == EINTR);
+      if (received < 0 && errno == EAGAIN) return;  // Python had it.
+      complete = received == sizeof(bell) && bell.header_size >= 0 &&
+                 bell.header_size <= bell.size;
+      if (complete) call = std::move(current_);
+    }
+    if (!complete) {
+      Break(errors::Internal("The environment process died."));
+      return;
     }
     // An abandoned call has left no `current_`; its answer is dropped.
     if (call) {
-      absl::Status status = memory_.Reserve(size);
-      if (status.ok()) status = ReadResult(*call, memory_.data(), size);
+      absl::Status status = memory_.Reserve(bell.size);
+      if (status.ok()) status = ReadResult(*call, memory_.data(), bell);
       Complete(call.get(), status);
     }
     {
@@ -426,12 +466,12 @@ class Channel : public std::enable_shared_from_this<Channel> {
         queue_.pop_front();
         // Written under the lock, so that a cancellation can't free the call's
         // arguments meanwhile; nobody else waits for this lock for long.
-        int64_t size = 0;
-        status = Write(*call, &size);
+        Bell bell;
+        status = Write(*call, &bell);
         if (status.ok()) {
           busy_ = true;
           current_ = std::move(call);
-          if (Ring(size)) return;
+          if (Ring(bell)) return;
           status = errors::Internal("The environment process died.");
         } else {
           unsent = std::move(call);
@@ -446,25 +486,23 @@ class Channel : public std::enable_shared_from_this<Channel> {
     }
   }
 
-  absl::Status Write(const Call& call, int64_t* size)
+  absl::Status Write(const Call& call, Bell* bell)
       TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    Writer measure(nullptr);
-    WriteRequest(call, &measure);
-    TF_RETURN_IF_ERROR(memory_.Reserve(measure.size()));
-    Writer writer(memory_.data());
+    Writer writer;
     WriteRequest(call, &writer);
-    *size = writer.size();
+    *bell = writer.bell();
+    TF_RETURN_IF_ERROR(memory_.Reserve(bell->size));
+    writer.Write(memory_.data());
     return absl::OkStatus();
   }
 
   // Returns whether the process is there to answer.
-  bool Ring(int64_t size) TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+  bool Ring(const Bell& bell) TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     ssize_t sent;
     do {
-      sent = send(socket_, &size, sizeof(size), MSG_NOSIGNAL);
+      sent = send(socket_, &bell, sizeof(bell), MSG_NOSIGNAL);
     } while (sent < 0 && errno == EINTR);
-    const bool again = std::exchange(watched_, true);
-    return sent == sizeof(size) && Poller::Get()->Watch(socket_, key_, again);
+    return sent == sizeof(bell);
   }
 
   void Cancel(const std::shared_ptr<Call>& call) {
@@ -499,7 +537,6 @@ class Channel : public std::enable_shared_from_this<Channel> {
   SharedMemory memory_;
   mutex mu_;
   bool busy_ TF_GUARDED_BY(mu_) = false;
-  bool watched_ TF_GUARDED_BY(mu_) = false;
   absl::Status broken_ TF_GUARDED_BY(mu_);
   std::shared_ptr<Call> current_ TF_GUARDED_BY(mu_);
   std::deque<std::shared_ptr<Call>> queue_ TF_GUARDED_BY(mu_);
@@ -558,20 +595,18 @@ class PyProcessCallOp : public AsyncOpKernel {
  public:
   explicit PyProcessCallOp(OpKernelConstruction* context)
       : AsyncOpKernel(context) {
-    std::vector<DataType> types;
     OP_REQUIRES_OK(context, context->GetAttr("method", &method_));
-    OP_REQUIRES_OK(context, context->GetAttr("Tout", &types));
+    OP_REQUIRES_OK(context, context->GetAttr("Tout", &types_));
     OP_REQUIRES_OK(context, context->GetAttr("output_shapes", &shapes_));
-    OP_REQUIRES(context, types.size() == shapes_.size(),
-                errors::InvalidArgument("Tout and output_shapes differ in "
-                                        "length: ",
-                                        types.size(), " and ", shapes_.size()));
-    types_ = Tensor(tensorflow::DT_INT32,
-                    TensorShape({static_cast<int64_t>(types.size())}));
-    for (size_t i = 0; i < types.size(); ++i) {
-      types_.vec<int32_t>()(i) = types[i];
-    }
+    OP_REQUIRES(
+        context, types_.size() == shapes_.size(),
+        errors::InvalidArgument("Tout and output_shapes differ in "
+                                "length: ",
+                                types_.size(), " and ", shapes_.size()));
   }
+
+  // Neither waits nor computes: not worth a thread of its own.
+  bool IsExpensive() override { return false; }
 
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
     const Tensor& process = context->input(0);
@@ -587,13 +622,13 @@ class PyProcessCallOp : public AsyncOpKernel {
                           " is not running; start it first."),
                       done);
     channel->Enqueue(std::make_shared<Call>(
-        Call{context, std::move(done), &method_, &shapes_, types_}));
+        Call{context, std::move(done), &method_, &shapes_, &types_}));
   }
 
  private:
   std::string method_;
   std::vector<PartialTensorShape> shapes_;
-  Tensor types_;
+  std::vector<DataType> types_;
 };
 
 REGISTER_OP("PyProcessCall")

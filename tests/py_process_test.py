@@ -3,9 +3,11 @@
 
 import collections
 import concurrent.futures
+import itertools
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -280,6 +282,30 @@ def test_nests_keep_their_structure():
     assert result['b'].y.tolist() == [True, False]
 
 
+def test_tuples_may_hold_other_nests():
+  Point = collections.namedtuple('Point', 'x y')
+
+  class Nested(Base):
+    number = ArraySpec((), np.int32)
+    SPECS = {
+      'get': (
+        number,
+        {'b': number, 'a': (number,)},
+        (),
+        (number, [number, Point(number, (number, number))]),
+        number,
+      )
+    }
+
+    def get(self):
+      return 0, {'b': 2, 'a': (1,)}, (), (3, [4, Point(5, (6, 7))]), np.int32(8)
+
+  process = _start(Nested)
+  expected = (0, {'b': 2, 'a': (1,)}, (), (3, [4, Point(5, (6, 7))]), 8)
+  assert process.call('get') == expected
+  assert _run(process.proxy.get()) == expected
+
+
 def test_python_numbers_take_the_promised_dtype():
   class Numbers(Base):
     SPECS = {
@@ -290,6 +316,107 @@ def test_python_numbers_take_the_promised_dtype():
       return [1, 255, True]
 
   assert _run(_start(Numbers).proxy.get()) == [1.0, 255, True]
+
+
+class Script(Base):
+  """Returns what it was made with, one after the other."""
+
+  def __init__(self, dtype, results):
+    self._results = iter(results)
+
+  def next(self):
+    return next(self._results)
+
+  @staticmethod
+  def _tensor_specs(method_name, kwargs, constructor_kwargs):
+    del method_name, kwargs
+    return ArraySpec(None, constructor_kwargs['dtype'])
+
+
+def _received(result, dtype):
+  """Returns what must arrive of a result: an array, of bytes if of strings."""
+  array = np.asarray(result, dtype)
+  for index in np.ndindex(array.shape) if dtype is object else ():
+    if isinstance(array[index], str):
+      array[index] = array[index].encode()
+  return array
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'results'),
+  [
+    (
+      np.float32,
+      [
+        1.5,
+        -2,
+        True,
+        np.float32(3.5),
+        np.float64(4.5),
+        np.array(5.5, np.float32),
+        np.arange(6, dtype=np.float32),
+        np.arange(6, 12, dtype=np.float32),
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(6, dtype=np.float32).reshape(3, 2).T,
+        np.arange(12, dtype=np.float32)[::2],
+        np.zeros([3, 0], np.float32),
+      ],
+    ),
+    (
+      object,
+      [
+        'red',
+        'tan',
+        b'tan',
+        b'\0a\0',
+        'door',
+        '',
+        np.str_('key'),
+        np.array('key', object),
+        np.array(['a', 'b'], object),
+        np.array(['c', b'd'], object),
+        np.array(['ef', ''], object),
+        np.array(['gh', 'i']),
+        np.array([], object),
+      ],
+    ),
+  ],
+  ids=['numbers', 'strings'],
+)
+def test_results_do_not_depend_on_the_ones_before(dtype, results):
+  results = list(itertools.chain(*itertools.product(results, repeat=2)))
+  process = _start(Script, dtype, results)
+  for expected in results:
+    result = np.asarray(process.call('next'), dtype)
+    expected = _received(expected, dtype)
+    assert result.shape == expected.shape
+    assert result.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'good', 'bad', 'message'),
+  [
+    (np.uint8, 255, 256, 'OverflowError'),
+    (np.uint8, 255, 1.5, 'float64'),
+    (np.int32, 7, np.int64(7), 'int64'),
+    (np.float32, np.zeros(2, np.float32), np.zeros(2, np.int32), 'int32'),
+    (np.float32, np.zeros(2, np.float32), np.zeros(1, np.float64), 'float64'),
+    (np.complex64, 2.5, np.array('x', object), 'object'),
+    (object, np.array(['a'], object), np.array([1], object), 'can not be sent'),
+    (object, 'x', np.zeros(1, '>f4'), 'can not be sent'),
+    (object, 'x', 'y\ud800', 'UnicodeEncodeError'),
+    (np.float32, 1.0, (1.0, 2.0), 'returned 2 values'),
+  ],
+)
+def test_bad_results_among_good_ones_are_errors(dtype, good, bad, message):
+  process = _start(Script, dtype, [good, good, bad, good, bad, bad, good])
+  for is_good in (True, True, False, True, False, False, True):
+    if is_good:
+      result = np.asarray(process.call('next'), dtype)
+      assert result.tolist() == _received(good, dtype).tolist()
+    else:
+      with pytest.raises(py_process.ProcessError, match=message):
+        process.call('next')
 
 
 def test_class_sees_python_values_when_it_gives_specs():
@@ -569,6 +696,35 @@ def test_timed_out_call_leaves_no_stale_answer():
     assert time.monotonic() - start < 1.4  # Before the method ended.
     assert session.run(nap, {seconds: 0, answer: 8}) == 8
     assert session.run(nap, {seconds: 0, answer: 9}) == 9
+
+
+@needs_op
+@pytest.mark.parametrize(
+  ('bell', 'message'),
+  [
+    ((-8, 64), 'died'),
+    ((64, 8), 'died'),
+    ((8, 8), 'broken message'),
+    ((0, 64), 'broken message'),
+    ((64, -8), 'died'),
+  ],
+)
+def test_broken_answers_are_errors(bell, message):
+  class Liar(Base):
+    SPECS = {'lie': ArraySpec((), np.int32)}
+
+    def lie(self, header_size, size):
+      import gc
+
+      (channel,) = (
+        o for o in gc.get_objects() if type(o).__name__ == '_Channel'
+      )
+      channel._connection.send(struct.pack('<2q', header_size, size))
+      return 0
+
+  process = _start(Liar)
+  with pytest.raises(tf.errors.InternalError, match=message):
+    _run(process.proxy.lie(*bell))
 
 
 def test_two_threads_may_close_a_process():
