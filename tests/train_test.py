@@ -187,6 +187,14 @@ def environment_of(program):
   return descendants(server)[0]
 
 
+def num_waits(pid):
+  """Returns how often a process has waited: an environment, for each step."""
+  with open(f'/proc/{pid}/status') as status:
+    return int(
+      re.search(r'\nvoluntary_ctxt_switches:\s*(\d+)', status.read())[1]
+    )
+
+
 def test_killed_environment_is_restarted_and_training_goes_on(tmp_path):
   logdir = str(tmp_path / 'log')
   program = training(logdir)
@@ -205,8 +213,10 @@ def test_environment_killed_too_often_ends_training_with_checkpoint(tmp_path):
   # The first checkpoint, of no frames, comes with the start. The next would
   # come after ten minutes.
   wait_until(lambda: checkpoint_step(logdir) == 0)
-  time.sleep(5)
-  os.kill(environment_of(program), signal.SIGKILL)
+  environment = environment_of(program)
+  # More than the unrolls under way: the learner had some.
+  wait_until(lambda: num_waits(environment) > 200)
+  os.kill(environment, signal.SIGKILL)
   assert program.finish() == 1
   assert 'died again, with exit code -9 (SIGKILL)' in program.output
   assert 'Traceback' not in program.output
