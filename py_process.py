@@ -209,21 +209,25 @@ def _word(value):
 
 
 class _Recipe(typing.NamedTuple):
-  """How results become an answer, as those did that were sent before.
+  """How to write results that are like the last ones.
 
   Environment processes outnumber the cores, and each finds the caches filled by
-  others: what they execute and touch for a call costs several times what a lone
-  process would see. So the types, dtypes and shapes of results are compared
-  with the last ones', which takes the place of finding out what they are.
+  others: what it executes and touches for a call costs several times what a
+  lone process would see. Comparing results with the last ones is less than
+  finding out what they are.
   """
 
   layout: _Layout
-  header: slice
+  header_place: slice
   steps: list  # For each result: type, conversion, dtype, shape, slice.
 
 
 def _make_recipe(results, layout):
-  """Returns the `_Recipe` after which `results` had `layout`."""
+  """Returns the `_Recipe` of results that had `layout`.
+
+  None if there are results whose type doesn't tell how to write them: arrays of
+  strings, lists.
+  """
   steps = []
   for result, (dtype, shape, slices) in zip(
     results, layout.arrays, strict=True
@@ -309,7 +313,7 @@ class _Channel:
   def _follow(self, recipe, results):
     """Writes results after a recipe; returns whether it is one for them."""
     memory = self._memory
-    memory[recipe.header] = recipe.layout.header
+    memory[recipe.header_place] = recipe.layout.header
     try:
       for result, step in zip(results, recipe.steps, strict=True):
         kind, convert, dtype, shape, place = step
@@ -317,12 +321,13 @@ class _Channel:
           return False
         if convert is not None:
           result = convert(result)
-        elif result.dtype is dtype and result.shape == shape:
-          result = np.ascontiguousarray(result)
+        elif result.dtype == dtype and result.shape == shape:
+          result = np.ascontiguousarray(result)  # Some frames are slices.
         else:
           return False
         memory[place] = result
-    # A string of another length, or a number out of its dtype's range.
+    # A string of another length or that has no encoding, or a number out of
+    # its dtype's range.
     except (IndexError, ValueError, OverflowError, struct.error):
       return False
     return True
@@ -356,10 +361,10 @@ def _to_array(leaf, number):
   """
   if isinstance(leaf, (bool, int, float)):
     dtype = _DTYPES_BY_NUMBER.get(number)
-    fits = dtype is not None and (
-      isinstance(leaf, bool)
-      or dtype.kind in ('iufc' if isinstance(leaf, int) else 'fc')
-    )
+    kinds = 'fc' if isinstance(leaf, float) else 'iufc'
+    if isinstance(leaf, bool):
+      kinds = 'biufc'
+    fits = dtype is not None and dtype.kind in kinds
     return np.asarray(leaf, dtype if fits else None)
   if isinstance(leaf, (str, bytes)):
     # Of dtype object, since NumPy's strings lose trailing zero bytes.

@@ -425,7 +425,9 @@ class Channel : public std::enable_shared_from_this<Channel> {
     std::shared_ptr<Call> call;
     {
       mutex_lock lock(mu_);
-      if (!busy_) return;  // Python made the call, and waits for the answer.
+      // The answer to a call from Python, which waits for it; or the end of an
+      // idle process, which the next call will notice.
+      if (!busy_) return;
       ssize_t received;
       do {
         received = recv(socket_, &bell, sizeof(bell), MSG_DONTWAIT);

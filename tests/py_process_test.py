@@ -3,15 +3,19 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import os
+import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import textwrap
 import time
+from unittest import mock
 
 import cloudpickle
 import numpy as np
@@ -349,16 +353,23 @@ def _received(result, dtype):
       np.float32,
       [
         1.5,
+        -0.5,
         -2,
+        3,
         True,
+        False,
         np.float32(3.5),
+        np.float32(-3.5),
         np.float64(4.5),
+        np.float64(-4.5),
         np.array(5.5, np.float32),
+        np.array(-5.5, np.float32),
         np.arange(6, dtype=np.float32),
         np.arange(6, 12, dtype=np.float32),
         np.arange(6, dtype=np.float32).reshape(2, 3),
         np.arange(6, dtype=np.float32).reshape(3, 2).T,
         np.arange(12, dtype=np.float32)[::2],
+        np.arange(1, 13, dtype=np.float32)[::2],
         np.zeros([3, 0], np.float32),
       ],
     ),
@@ -372,6 +383,7 @@ def _received(result, dtype):
         'door',
         '',
         np.str_('key'),
+        np.str_('yek'),
         np.array('key', object),
         np.array(['a', 'b'], object),
         np.array(['c', b'd'], object),
@@ -393,6 +405,63 @@ def test_results_do_not_depend_on_the_ones_before(dtype, results):
     assert result.tolist() == expected.tolist()
 
 
+def test_methods_do_not_depend_on_each_other():
+  class Two(Base):
+    SPECS = {
+      'whole': (ArraySpec((), np.int32), ArraySpec((), object)),
+      'half': (ArraySpec((), np.float32), ArraySpec((), object)),
+    }
+
+    def whole(self, number, text):
+      return int(number), text
+
+    half = whole
+
+  process = _start(Two)
+  for number, text in enumerate(['a', 'b', 'cd', 'ef', 'ef', '', 'g'] * 2):
+    for method, dtype in (('whole', np.int32), ('half', np.float32)):
+      result = process.call(method, number, text)
+      assert result == (number, text.encode())
+      assert result[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'first', 'second'),
+  [
+    ('float32', 1.5, 2.5),
+    ('float32', 1, 2),
+    ('complex64', 1, 2),
+    ('bool', True, False),
+    ('object', 'tan', 'red'),
+    ('object', b'tan', b'red'),
+    ('int32', np.int32(1), np.int32(2)),
+    ('uint8', np.zeros([2, 3], np.uint8), np.ones([2, 3], np.uint8)),
+    ('uint8', np.zeros([2, 3], np.uint8), np.ones([2, 6], np.uint8)[:, ::2]),
+    # Has a dtype object of its own.
+    (
+      'uint8',
+      pickle.loads(pickle.dumps(np.ones(2, np.uint8))),
+      np.ones(2, 'u1'),
+    ),
+  ],
+)
+def test_results_like_the_last_ones_follow_their_recipe(dtype, first, second):
+  ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+  memory = os.memfd_create('test')
+  os.ftruncate(memory, 1)
+  process = py_process._Channel(theirs, memory)
+  program = py_process._Channel(ours, os.dup(memory))
+  dtypes = (py_process._DTYPES[np.dtype(dtype)],)
+  with contextlib.closing(process), contextlib.closing(program):
+    process.answer([first], dtypes)
+    program.receive()
+    with mock.patch.object(process, 'send', side_effect=AssertionError):
+      process.answer([second], dtypes)
+    _, _, (result,) = program.receive()
+  expected = _received(second, object if dtype == 'object' else dtype)
+  assert np.asarray(result).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize(
   ('dtype', 'good', 'bad', 'message'),
   [
@@ -404,6 +473,7 @@ def test_results_do_not_depend_on_the_ones_before(dtype, results):
     (np.complex64, 2.5, np.array('x', object), 'object'),
     (object, np.array(['a'], object), np.array([1], object), 'can not be sent'),
     (object, 'x', np.zeros(1, '>f4'), 'can not be sent'),
+    (object, 'x', True, 'is bool'),
     (object, 'x', 'y\ud800', 'UnicodeEncodeError'),
     (np.float32, 1.0, (1.0, 2.0), 'returned 2 values'),
   ],
