@@ -218,7 +218,6 @@ class _Recipe(typing.NamedTuple):
   """
 
   layout: _Layout
-  header_place: slice
   steps: list  # For each result: type, conversion, dtype, shape, slice.
 
 
@@ -244,7 +243,7 @@ def _make_recipe(results, layout):
     elif dtype is _STRINGS or not isinstance(result, (np.ndarray, np.generic)):
       return None
     steps.append((kind, convert, dtype, shape, slices[0]))
-  return _Recipe(layout, slice(0, len(layout.header)), steps)
+  return _Recipe(layout, steps)
 
 
 class _Channel:
@@ -312,8 +311,8 @@ class _Channel:
 
   def _follow(self, recipe, results):
     """Writes results after a recipe; returns whether it is one for them."""
-    memory = self._memory
-    memory[recipe.header_place] = recipe.layout.header
+    memory, header = self._memory, recipe.layout.header
+    memory[: len(header)] = header
     try:
       for result, step in zip(results, recipe.steps, strict=True):
         kind, convert, dtype, shape, place = step
@@ -361,9 +360,12 @@ def _to_array(leaf, number):
   """
   if isinstance(leaf, (bool, int, float)):
     dtype = _DTYPES_BY_NUMBER.get(number)
-    kinds = 'fc' if isinstance(leaf, float) else 'iufc'
     if isinstance(leaf, bool):
       kinds = 'biufc'
+    elif isinstance(leaf, int):
+      kinds = 'iufc'
+    else:
+      kinds = 'fc'
     fits = dtype is not None and dtype.kind in kinds
     return np.asarray(leaf, dtype if fits else None)
   if isinstance(leaf, (str, bytes)):

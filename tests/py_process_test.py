@@ -10,7 +10,6 @@ import pickle
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import textwrap
@@ -789,7 +788,7 @@ def test_broken_answers_are_errors(bell, message):
       (channel,) = (
         o for o in gc.get_objects() if type(o).__name__ == '_Channel'
       )
-      channel._connection.send(struct.pack('<2q', header_size, size))
+      channel._connection.send(py_process._BELL.pack(header_size, size))
       return 0
 
   process = _start(Liar)
