@@ -16,7 +16,8 @@ INSTALLED = $(VENV)/installed$(if $(GPU),-gpu)
 endif
 
 REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
-OPS = convolution_ops.so dynamic_batching_ops.so py_process_ops.so
+OPS = convolution_ops.so dynamic_batching_ops.so py_process_ops.so \
+  py_process_callee.so
 LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 
 # The same settings serve training and test.
@@ -57,10 +58,17 @@ ops: $(OPS)
 # less than -O3, convolutions take twice the time.
 %.so: %.cc $(INSTALLED)
 	$(CXX) -std=c++17 -O3 -Wall -Wno-deprecated-declarations -shared -fPIC \
-	  $< -o $@.tmp $(shell $(PYTHON) -c "import tensorflow as tf; \
-	  flags = tf.sysconfig.get_compile_flags() + tf.sysconfig.get_link_flags(); \
-	  print(' '.join(flags).replace('-I', '-isystem '))" 2>/dev/null)
+	  $< -o $@.tmp $(shell $(PYTHON) -c $(FLAGS) 2>/dev/null)
 	mv $@.tmp $@
+
+FLAGS = "import tensorflow as tf; \
+  flags = tf.sysconfig.get_compile_flags() + tf.sysconfig.get_link_flags(); \
+  print(' '.join(flags).replace('-I', '-isystem '))"
+
+# Knows Python and NumPy, but not TensorFlow, which comes with Python's headers.
+py_process_callee.so: FLAGS = "import numpy, tensorflow as tf; \
+  print('-isystem', numpy.get_include(), '-isystem', tf.sysconfig.get_include() \
+  + '/external/local_config_python/python_include')"
 
 $(VENV)/installed $(VENV)/installed-gpu: requirements.txt requirements-dev.txt requirements-gpu.txt
 	@python3 -c 'import sys; v = sys.version_info[:2]; \

@@ -39,8 +39,9 @@ results, the arrays are the arguments. The string of an answer is empty, or the
 traceback of an exception; it has no dtypes, its arrays are the flattened
 results.
 
-`py_process_ops.cc` is the caller's end for TensorFlow; `_Channel` below is the
-same in Python, for calls from Python and for where the library isn't built.
+`py_process_ops.cc` is the caller's end for TensorFlow, `py_process_callee.cc`
+the end in the process; `_Channel` below is the same in Python, for calls from
+Python, for messages unlike the ones before, and for where these aren't built.
 
 Environment processes import this module as well, and shall not pay for
 TensorFlow (seconds and hundreds of MB each): only what builds graphs imports
@@ -76,15 +77,22 @@ import cloudpickle
 import numpy as np
 import tree
 
+try:
+  import py_process_callee as _callee
+except ModuleNotFoundError:  # It isn't built, of which `_library` warns.
+  _callee = None
+except ImportError as error:
+  raise ImportError(
+    'py_process_callee.so does not load, most likely because it was built for '
+    f'another Python or NumPy ({error}). Run "make clean ops" to rebuild it.'
+  ) from error
+
 _COLLECTION = 'py_process_processes'
 _LIBRARY = os.path.join(
   os.path.dirname(os.path.abspath(__file__)), 'py_process_ops.so'
 )
 _WORD = struct.Struct('<q')
 _BELL = struct.Struct('<2q')  # What the socket carries for each message.
-# Types of results that are no nests; others may be as well.
-_LEAVES = {bool, int, float, str, bytes, np.ndarray, np.bool_}
-_LEAVES |= {np.float32, np.float64, np.int32, np.int64}
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
 
 # linux/prctl.h
@@ -208,44 +216,6 @@ def _word(value):
   return _WORD.pack(value)
 
 
-class _Recipe(typing.NamedTuple):
-  """How to write results that are like the last ones.
-
-  Environment processes outnumber the cores, and each finds the caches filled by
-  others: what it executes and touches for a call costs several times what a
-  lone process would see. Comparing results with the last ones is less than
-  finding out what they are.
-  """
-
-  layout: _Layout
-  steps: list  # For each result: type, conversion, dtype, shape, slice.
-
-
-def _make_recipe(results, layout):
-  """Returns the `_Recipe` of results that had `layout`.
-
-  None if there are results whose type doesn't tell how to write them: arrays of
-  strings, lists.
-  """
-  steps = []
-  for result, (dtype, shape, slices) in zip(
-    results, layout.arrays, strict=True
-  ):
-    kind, convert = type(result), None
-    if isinstance(result, (bool, int, float)):
-      convert = dtype.type
-      if dtype.kind in 'biuf':
-        convert = struct.Struct(dtype.char).pack
-    elif isinstance(result, str):
-      convert = str.encode
-    elif isinstance(result, bytes):
-      convert = bytes
-    elif dtype is _STRINGS or not isinstance(result, (np.ndarray, np.generic)):
-      return None
-    steps.append((kind, convert, dtype, shape, slices[0]))
-  return _Recipe(layout, steps)
-
-
 class _Channel:
   """One end of the line between a program and one of its processes."""
 
@@ -253,7 +223,6 @@ class _Channel:
     self._connection = connection
     self._memory_fd = memory_fd
     self._memory = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
-    self._recipes = {}  # By the promised dtypes.
 
   def filenos(self):
     """Returns the file descriptors of the socket and of the memory."""
@@ -284,21 +253,39 @@ class _Channel:
     bell = self._connection.recv(_BELL.size)
     if not bell:
       raise EOFError
-    header_size, size = _BELL.unpack(bell)
-    self._reserve(size)
-    layout = _parse(self._memory[:header_size])
+    layout = self.read_layout(bell)
     arrays = [self._read(*array) for array in layout.arrays]
     return layout.string, layout.dtypes, arrays
 
-  def answer(self, results, dtypes):
-    """Sends a list of results; `dtypes` are the promised ones."""
-    recipe = self._recipes.get(dtypes)
-    if recipe is not None and self._follow(recipe, results):
-      self._connection.send(recipe.layout.bell)
-    else:
-      arrays = map(_to_array, results, dtypes)
-      layout = self.send('', arrays=arrays)
-      self._recipes[dtypes] = _make_recipe(results, layout)
+  def read_layout(self, bell):
+    """Returns the `_Layout` of the message that a bell announces."""
+    header_size, size = _BELL.unpack(bell)
+    self._reserve(size)
+    return _parse(self._memory[:header_size])
+
+  def answer(self, result, dtypes):
+    """Sends the result of a method.
+
+    Args:
+      result: nest of arrays, numbers and strings; None is the empty nest.
+      dtypes: tuple of the promised dtypes of its leaves, TensorFlow's numbers.
+
+    Returns:
+      The `_Layout` of the answer; None if the dtypes are not the promised ones.
+    """
+    leaves = [] if result is None else tree.flatten(result)
+    if len(leaves) != len(dtypes):
+      raise TypeError(
+        f'The method returned {len(leaves)} values, its _tensor_specs promise '
+        f'{len(dtypes)}.'
+      )
+    layout = self.send('', arrays=map(_to_array, leaves, dtypes))
+    sent = tuple(_DTYPES[dtype] for dtype, *_ in layout.arrays)
+    return layout if sent == dtypes else None
+
+  def send_error(self, error):
+    """Sends the traceback of an exception instead of an answer."""
+    self.send(''.join(traceback.format_exception(error)))
 
   def hang_up(self):
     with contextlib.suppress(OSError):
@@ -308,28 +295,6 @@ class _Channel:
     self._connection.close()
     self._memory.close()
     os.close(self._memory_fd)
-
-  def _follow(self, recipe, results):
-    """Writes results after a recipe; returns whether it is one for them."""
-    memory, header = self._memory, recipe.layout.header
-    memory[: len(header)] = header
-    try:
-      for result, step in zip(results, recipe.steps, strict=True):
-        kind, convert, dtype, shape, place = step
-        if type(result) is not kind:
-          return False
-        if convert is not None:
-          result = convert(result)
-        elif result.dtype == dtype and result.shape == shape:
-          result = np.ascontiguousarray(result)  # Some frames are slices.
-        else:
-          return False
-        memory[place] = result
-    # A string of another length or that has no encoding, or a number out of
-    # its dtype's range.
-    except (IndexError, ValueError, OverflowError, struct.error):
-      return False
-    return True
 
   def _read(self, dtype, shape, slices):
     if dtype is _STRINGS:
@@ -400,44 +365,38 @@ def _work(channel, payload):
   try:
     cls, args, kwargs = pickle.loads(payload)
     target = cls(*args, **kwargs)
-  except Exception:  # Whatever the class raises belongs to the caller.
-    channel.send(traceback.format_exc())
+  except Exception as error:  # Whatever the class raises is the caller's.
+    channel.send_error(error)
     return 1
   channel.send('')
-  try:
-    while True:
-      method, dtypes, arguments = channel.receive()
-      try:
-        result = getattr(target, method)(*arguments)
-        # A method that returns nothing has the empty nest as its spec.
-        results = [] if result is None else _flatten(result)
-        if len(results) != len(dtypes):
-          raise TypeError(
-            f'The method returned {len(results)} values, its _tensor_specs '
-            f'promise {len(dtypes)}.'
-          )
-        channel.answer(results, dtypes)
-      except Exception:  # As above, and what can't be sent.
-        channel.send(traceback.format_exc())
-  except (EOFError, ConnectionError):  # The program hung up or is gone.
-    pass
+  answer_calls = getattr(_callee, 'answer_calls', _answer_calls)
+  with contextlib.suppress(ConnectionError):  # The program is gone.
+    answer_calls(channel, target)
   if hasattr(target, 'close'):
     target.close()
   _free_shared_memory(os.getpid())  # While the object still has it mapped.
   return 0
 
 
-def _flatten(nest):
-  """As `tree.flatten`, but sooner for tuples, of which most results are."""
-  if type(nest) is not tuple:
-    return tree.flatten(nest)
-  leaves = []
-  for item in nest:
-    if type(item) in _LEAVES:
-      leaves.append(item)
-    else:
-      leaves += _flatten(item)
-  return leaves
+def _answer_calls(channel, target):
+  """Has an object answer the calls that come through a channel.
+
+  Args:
+    channel: `_Channel` to the program.
+    target: the object.
+
+  Returns:
+    When the program hangs up.
+  """
+  while True:
+    try:
+      method, dtypes, arguments = channel.receive()
+    except EOFError:
+      return
+    try:
+      channel.answer(getattr(target, method)(*arguments), dtypes)
+    except Exception as error:  # As above, and what can't be sent.
+      channel.send_error(error)
 
 
 # --- The fork server --------------------------------------------------------
@@ -1074,11 +1033,15 @@ def _library():
   """
   import tensorflow.compat.v1 as tf
 
-  if not os.path.exists(_LIBRARY):
+  is_built = os.path.exists(_LIBRARY)
+  if not is_built or _callee is None:
     logging.getLogger(__name__).warning(
-      'py_process_ops.so is not built: environments run, but each call holds '
-      'a TensorFlow thread and takes longer. Run "make ops" to build it.'
+      '%s is not built: environments run, but each call takes longer%s. Run '
+      '"make ops" to build it.',
+      'py_process_callee.so' if is_built else 'py_process_ops.so',
+      '' if is_built else ' and holds a TensorFlow thread',
     )
+  if not is_built:
     return None
   try:
     return _Library()

@@ -3,7 +3,6 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import itertools
 import os
 import pickle
@@ -13,7 +12,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import tracemalloc
 from unittest import mock
 
 import cloudpickle
@@ -256,10 +257,10 @@ def test_memory_grows_in_both_directions():
   array = tf.placeholder(tf.uint8)
   made, total = process.proxy.make(size), process.proxy.sum(array)
   with _session() as session:
-    for n in (3, 30_000_000, 5, 1_000_000, 40_000_000, 0):
+    for n in (3, 30_000_000, 3, 1_000_000, 40_000_000, 0, 40_000_000, 3):
       expected = (np.arange(n) % 251).astype(np.uint8)
       np.testing.assert_array_equal(session.run(made, {size: n}), expected)
-    for n in (3, 90_000_000, 7):
+    for n in (3, 90_000_000, 3, 7, 90_000_000):
       assert session.run(total, {array: np.full(n, 2, np.uint8)}) == 2 * n
 
 
@@ -338,11 +339,63 @@ class Script(Base):
 
 def _received(result, dtype):
   """Returns what must arrive of a result: an array, of bytes if of strings."""
-  array = np.asarray(result, dtype)
-  for index in np.ndindex(array.shape) if dtype is object else ():
+  array = np.array(result, dtype)
+  for index in np.ndindex(array.shape) if array.dtype == object else ():
     if isinstance(array[index], str):
       array[index] = array[index].encode()
   return array
+
+
+@pytest.fixture(params=['compiled', 'Python'])
+def answer_calls(request):
+  """The end of a line in an environment process, in both languages."""
+  if request.param == 'Python':
+    return py_process._answer_calls
+  return pytest.importorskip('py_process_callee').answer_calls
+
+
+class _Line:
+  """A line to an object in a thread instead of a process."""
+
+  def __init__(self, answer_calls, target):
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = os.memfd_create('test')
+    os.ftruncate(memory, 1)
+    self.caller = py_process._Channel(ends[0], memory)
+    self.callee = py_process._Channel(ends[1], os.dup(memory))
+    self._thread = threading.Thread(
+      target=answer_calls, args=(self.callee, target), daemon=True
+    )
+    self._thread.start()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.caller.hang_up()
+    self._thread.join(_PATIENCE)
+    assert not self._thread.is_alive()
+    self.caller.close()
+    self.callee.close()
+
+  def call(self, method, dtypes=(), arguments=()):
+    """Returns the traceback of an exception, and the results."""
+    numbers = tuple(py_process._DTYPES[np.dtype(dtype)] for dtype in dtypes)
+    self.caller.send(method, numbers, arguments)
+    error, _, results = self.caller.receive()
+    return error, results
+
+
+class _Giver:
+  """Returns what it is told to, and keeps what it gets."""
+
+  def __init__(self):
+    self.result = None
+    self.arguments = None
+
+  def call(self, *arguments):
+    self.arguments = arguments
+    return self.result
 
 
 @pytest.mark.parametrize(
@@ -394,14 +447,118 @@ def _received(result, dtype):
   ],
   ids=['numbers', 'strings'],
 )
-def test_results_do_not_depend_on_the_ones_before(dtype, results):
-  results = list(itertools.chain(*itertools.product(results, repeat=2)))
-  process = _start(Script, dtype, results)
-  for expected in results:
-    result = np.asarray(process.call('next'), dtype)
-    expected = _received(expected, dtype)
-    assert result.shape == expected.shape
-    assert result.tolist() == expected.tolist()
+def test_results_do_not_depend_on_the_ones_before(dtype, results, answer_calls):
+  giver = _Giver()
+  with _Line(answer_calls, giver) as line:
+    for result in itertools.chain(*itertools.product(results, repeat=2)):
+      giver.result = result
+      error, (received,) = line.call('call', [dtype])
+      received, expected = np.asarray(received, dtype), _received(result, dtype)
+      assert not error
+      assert received.shape == expected.shape
+      assert received.tolist() == expected.tolist()
+
+
+_ARGUMENTS = [
+  *(np.dtype(dtype).type(1) for dtype in _DTYPES),
+  *(np.ones([2, 1], dtype) for dtype in _DTYPES),
+  np.float32(2.5),
+  np.arange(6, dtype=np.uint8).reshape(2, 3),
+  np.arange(6, dtype=np.uint8).reshape(3, 2).T,
+  np.zeros([0, 3], np.float64),
+  np.array(b'red', object),
+  np.array('Grüße', object),
+  np.array(b'', object),
+  np.array([b'a', b'bc'], object),
+  np.array([[b'ab'], [b'c']], object),
+  np.array([], object),
+]
+
+
+def _is_like(argument, received):
+  expected = _received(argument, argument.dtype)
+  if expected.dtype == object and not expected.shape:
+    return type(received) is bytes and received == expected[()]
+  return (
+    received.dtype == expected.dtype
+    and received.shape == expected.shape
+    and received.tolist() == expected.tolist()
+    and (received.shape != () or isinstance(received, np.generic))
+  )
+
+
+@pytest.mark.parametrize('num_arguments', [0, 1, 2])
+def test_arguments_do_not_depend_on_the_ones_before(
+  num_arguments, answer_calls
+):
+  giver = _Giver()
+  with _Line(answer_calls, giver) as line:
+    for arguments in itertools.product(_ARGUMENTS, repeat=num_arguments):
+      for _ in range(2):
+        assert line.call('call', (), arguments) == ('', [])
+        assert all(map(_is_like, arguments, giver.arguments))
+        assert len(giver.arguments) == num_arguments
+
+
+def test_arguments_are_copies(answer_calls):
+  """The next messages go to the same memory."""
+  giver = _Giver()
+  with _Line(answer_calls, giver) as line:
+    kept = []
+    for i in range(4):
+      line.call('call', (), [np.full(3, i)])
+      kept.append(*giver.arguments)
+  assert np.stack(kept).tolist() == [[i] * 3 for i in range(4)]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [ValueError('ü'), EOFError(), ConnectionError(), ProcessLookupError()],
+)
+def test_calls_go_on_after_an_exception(error, answer_calls):
+  class Raiser(_Giver):
+    def fail(self):
+      raise error
+
+  raiser = Raiser()
+  with _Line(answer_calls, raiser) as line:
+    for raiser.result in range(4):
+      trace, results = line.call('fail', [np.int32])
+      assert type(error).__name__ in trace
+      assert 'in fail' in trace
+      assert results == []
+      assert line.call('call', [np.int32]) == ('', [raiser.result])
+      assert 'AttributeError' in line.call('missing')[0]
+
+
+def test_calls_leave_no_memory_behind(answer_calls):
+  results = (np.ones([100, 100], np.uint8)[:, ::2], 'x' * 5000, 1.5, True)
+  dtypes = [np.uint8, object, np.float32, np.bool_]
+  arguments = [
+    np.ones(5000, np.uint8),
+    np.float32(1),
+    np.array('y' * 5000, object),
+    np.array(['z' * 5000], object),
+  ]
+  giver = _Giver()
+  giver.result = results
+  with _Line(answer_calls, giver) as line:
+    counts = []
+    for _ in range(3):
+      for _ in range(100):
+        error, received = line.call('call', dtypes, arguments)
+      assert not error
+      del received
+      counts.append(
+        [sys.getrefcount(value) for value in (*results, np.dtype('u1'))]
+      )
+      if len(counts) == 1:
+        tracemalloc.start()
+        start = tracemalloc.get_traced_memory()[0]
+    grown = tracemalloc.get_traced_memory()[0] - start
+    tracemalloc.stop()
+  assert counts[1] == counts[2]
+  assert grown < 100 * 1000  # What 20 of the 200 calls have as data.
 
 
 def test_methods_do_not_depend_on_each_other():
@@ -429,7 +586,11 @@ def test_methods_do_not_depend_on_each_other():
   [
     ('float32', 1.5, 2.5),
     ('float32', 1, 2),
-    ('complex64', 1, 2),
+    ('float32', np.float64(1.5), np.float64(2.5)),
+    ('float64', -3, True),
+    ('int64', -7, 2**62),
+    ('int32', 7, -7),
+    ('uint8', 7, 255),
     ('bool', True, False),
     ('object', 'tan', 'red'),
     ('object', b'tan', b'red'),
@@ -444,21 +605,24 @@ def test_methods_do_not_depend_on_each_other():
     ),
   ],
 )
-def test_results_like_the_last_ones_follow_their_recipe(dtype, first, second):
-  ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-  memory = os.memfd_create('test')
-  os.ftruncate(memory, 1)
-  process = py_process._Channel(theirs, memory)
-  program = py_process._Channel(ours, os.dup(memory))
-  dtypes = (py_process._DTYPES[np.dtype(dtype)],)
-  with contextlib.closing(process), contextlib.closing(program):
-    process.answer([first], dtypes)
-    program.receive()
-    with mock.patch.object(process, 'send', side_effect=AssertionError):
-      process.answer([second], dtypes)
-    _, _, (result,) = program.receive()
-  expected = _received(second, object if dtype == 'object' else dtype)
-  assert np.asarray(result).tolist() == expected.tolist()
+def test_calls_like_the_ones_before_are_not_worked_out(dtype, first, second):
+  giver = _Giver()
+  answer_calls = pytest.importorskip('py_process_callee').answer_calls
+  with _Line(answer_calls, giver) as line:
+    giver.result = (), (first,), first
+    for i in range(3):
+      line.call('call', [dtype, dtype], [np.int32(i)])
+    giver.result = (), (second,), second
+    with mock.patch.multiple(
+      line.callee, read_layout=mock.DEFAULT, answer=mock.DEFAULT
+    ) as channel:
+      error, results = line.call('call', [dtype, dtype], [np.int32(7)])
+    assert not error
+    assert not any(method.called for method in channel.values())
+    assert giver.arguments == (7,)
+  expected = _received(second, dtype)
+  for result in results:
+    assert np.asarray(result).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -844,6 +1008,35 @@ def test_cancelled_calls_of_many_threads(pool):
     assert session.run(nap, {number: 5}) == 5
 
 
+def test_signal_handlers_run_while_the_program_does_not_call(tmp_path):
+  class Handler(Base):
+    SPECS = {'count': ArraySpec((), np.int32)}
+
+    def __init__(self, path):
+      self._count = 0
+      self._path = path
+      signal.signal(signal.SIGUSR1, self._handle)
+      signal.signal(signal.SIGUSR2, self._fail)
+
+    def _handle(self, number, frame):
+      self._count += 1
+      open(f'{self._path}/{self._count}', 'w').close()
+
+    def _fail(self, number, frame):
+      raise OSError('not in a call')
+
+    def count(self):
+      return self._count
+
+  process = _start(Handler, str(tmp_path))
+  for i in (1, 2):
+    os.kill(process.pid, signal.SIGUSR1)
+    _eventually((tmp_path / str(i)).exists)
+    assert process.call('count') == i
+  os.kill(process.pid, signal.SIGUSR2)
+  assert process.exit_code(_SOON) == 1
+
+
 # --- Concurrency ------------------------------------------------------------
 
 
@@ -1141,39 +1334,61 @@ _SMALL = """
 """
 
 
-@pytest.mark.parametrize('has_library', [False, True])
-def test_works_with_and_without_the_library(tmp_path, has_library):
-  if has_library and not py_process.has_library():
-    pytest.skip('needs `make ops`')
+@pytest.mark.parametrize(
+  ('libraries', 'missing'),
+  [
+    ([], 'py_process_ops.so'),
+    (['py_process_ops.so'], 'py_process_callee.so'),
+    (['py_process_callee.so'], 'py_process_ops.so'),
+    (['py_process_ops.so', 'py_process_callee.so'], None),
+  ],
+)
+def test_works_with_and_without_the_libraries(tmp_path, libraries, missing):
   shutil.copy(_MODULE, tmp_path)
-  if has_library:
-    shutil.copy(_MODULE.replace('.py', '_ops.so'), tmp_path)
+  for library in libraries:
+    path = os.path.join(os.path.dirname(_MODULE), library)
+    if not os.path.exists(path):
+      pytest.skip('needs `make ops`')
+    shutil.copy(path, tmp_path)
   path = tmp_path / 'program.py'
   path.write_text(textwrap.dedent(_SMALL))
   output, _ = _python(path, str(tmp_path)).communicate(timeout=_PATIENCE)
   errors = (tmp_path / 'program.py.err').read_text()
-  assert output == f'library {has_library}\n', errors
-  assert errors.count('make ops') == (0 if has_library else 1)
+  assert output == f'library {"py_process_ops.so" in libraries}\n', errors
+  assert errors.count('make ops') == (0 if missing is None else 1)
+  assert missing is None or f'{missing} is not built' in errors
 
 
-def test_broken_library_is_an_import_error(tmp_path):
+_START = """
+  import py_process
+
+  class Environment:
+    pass
+
+  process = py_process.PyProcess(Environment)
+  for _ in range(2):
+    try:
+      process.start()
+    except ImportError as error:
+      print('make clean ops' in str(error), process.pid)
+"""
+
+
+def test_broken_operation_is_an_import_error(tmp_path):
   shutil.copy(_MODULE, tmp_path)
   (tmp_path / 'py_process_ops.so').write_bytes(b'no library')
   path = tmp_path / 'program.py'
-  path.write_text(
-    textwrap.dedent("""
-      import py_process
-
-      class Environment:
-        pass
-
-      process = py_process.PyProcess(Environment)
-      for _ in range(2):
-        try:
-          process.start()
-        except ImportError as error:
-          print('make clean ops' in str(error), process.pid)
-    """)
-  )
+  path.write_text(textwrap.dedent(_START))
   output, _ = _python(path, str(tmp_path)).communicate(timeout=_PATIENCE)
   assert output == 'True None\nTrue None\n'
+
+
+def test_broken_callee_is_an_import_error(tmp_path):
+  shutil.copy(_MODULE, tmp_path)
+  (tmp_path / 'py_process_callee.so').write_bytes(b'no library')
+  path = tmp_path / 'program.py'
+  path.write_text('import py_process')
+  assert _python(path, str(tmp_path)).wait(_PATIENCE) == 1
+  errors = (tmp_path / 'program.py.err').read_text()
+  assert 'ImportError: py_process_callee.so does not load' in errors
+  assert 'make clean ops' in errors
