@@ -858,6 +858,9 @@ class ComputeOp : public AsyncOpKernel {
     OP_REQUIRES_OK(ctx, CheckCopyable(output_dtypes_));
   }
 
+  // Neither waits nor computes: not worth a thread of its own.
+  bool IsExpensive() override { return false; }
+
   void ComputeAsync(OpKernelContext* ctx, DoneCallback done) override {
     core::RefCountPtr<Batcher> batcher;
     OP_REQUIRES_OK_ASYNC(ctx, FindBatcher(ctx, &batcher), done);
@@ -886,6 +889,8 @@ class GetInputsOp : public AsyncOpKernel {
       if (shape.dims() > 0) shape.set_dim(0, 1);
     }
   }
+
+  bool IsExpensive() override { return false; }
 
   void ComputeAsync(OpKernelContext* ctx, DoneCallback done) override {
     core::RefCountPtr<Batcher> batcher;
