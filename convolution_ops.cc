@@ -1050,13 +1050,13 @@ bool Supported(bool bfloat16) {
 
 // The functions for some numbers of channels.
 struct Functions {
-  using Prepare = void (*[2])(const float* filter, float* prepared);
+  using ForFilter = void (*[2])(const float* filter, float* prepared);
 
   int in;
   int out;
-  int rows;         // Of a first prepared filter.
-  Prepare prepare;  // [bfloat16], here and below.
-  Prepare prepare_turned;
+  int rows;           // Of a first prepared filter.
+  ForFilter prepare;  // [bfloat16], here and below.
+  ForFilter prepare_turned;
   decltype(&Compute<16, 16, false>) compute[2];
   decltype(&Differentiate<16, 16, false>) differentiate[2];
   decltype(&FinishGradient<16, 16>) finish_gradient;
@@ -1191,10 +1191,10 @@ class Kernel : public OpKernel {
   };
 
   // Checks frames and filters, and prepares these in one of the two ways.
-  absl::Status Prepare(OpKernelContext* context, const Tensor& frames,
-                       const OpInputList& filters,
-                       Functions::Prepare Functions::* prepare,
-                       Inputs* inputs) const {
+  absl::Status PrepareInputs(OpKernelContext* context, const Tensor& frames,
+                             const OpInputList& filters,
+                             Functions::ForFilter Functions::* prepare,
+                             Inputs* inputs) const {
     const Functions* functions;
     TF_RETURN_IF_ERROR(Check(frames, filters, &functions));
     inputs->functions = functions;
@@ -1227,8 +1227,8 @@ class TorsoSection : public Kernel {
     OP_REQUIRES_OK(context, context->input_list("filters", &filters));
     OP_REQUIRES_OK(context, context->input_list("biases", &biases));
     Inputs inputs;
-    OP_REQUIRES_OK(context, Prepare(context, frames, filters,
-                                    &Functions::prepare, &inputs));
+    OP_REQUIRES_OK(context, PrepareInputs(context, frames, filters,
+                                          &Functions::prepare, &inputs));
     const Functions* functions = inputs.functions;
     const Section& section = inputs.section;
     const int out = functions->out, num_convolutions = filters.size();
@@ -1269,8 +1269,8 @@ class TorsoSectionGradient : public Kernel {
     OP_REQUIRES_OK(context, context->input_list("activations", &activations));
     const Tensor& places = context->input(context->num_inputs() - 1);
     Inputs inputs;
-    OP_REQUIRES_OK(context, Prepare(context, frames, filters,
-                                    &Functions::prepare_turned, &inputs));
+    OP_REQUIRES_OK(context, PrepareInputs(context, frames, filters,
+                                          &Functions::prepare_turned, &inputs));
     const Functions* functions = inputs.functions;
     const Section& section = inputs.section;
     const int num_convolutions = filters.size();
