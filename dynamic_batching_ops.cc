@@ -858,7 +858,7 @@ class ComputeOp : public AsyncOpKernel {
     OP_REQUIRES_OK(ctx, CheckCopyable(output_dtypes_));
   }
 
-  // Neither waits nor computes: not worth a thread of its own.
+  // Not worth a thread of its own: only what completes a batch copies it.
   bool IsExpensive() override { return false; }
 
   void ComputeAsync(OpKernelContext* ctx, DoneCallback done) override {

@@ -221,6 +221,7 @@ class _Channel:
 
   def __init__(self, connection, memory_fd):
     self._connection = connection
+    self._connection.settimeout(None)  # Environments may set a default.
     self._memory_fd = memory_fd
     self._memory = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
 
@@ -250,9 +251,17 @@ class _Channel:
 
   def receive(self):
     """Returns (string, dtypes, arrays); raises EOFError at the other's end."""
-    bell = self._connection.recv(_BELL.size)
+    bell = self.wait()
     if not bell:
       raise EOFError
+    return self.read(bell)
+
+  def wait(self):
+    """Returns the bell of the next message; it is empty at the other's end."""
+    return self._connection.recv(_BELL.size)
+
+  def read(self, bell):
+    """Returns (string, dtypes, arrays) of the message that a bell announces."""
     layout = self.read_layout(bell)
     arrays = [self._read(*array) for array in layout.arrays]
     return layout.string, layout.dtypes, arrays
@@ -379,23 +388,20 @@ def _work(channel, payload):
 
 
 def _answer_calls(channel, target):
-  """Has an object answer the calls that come through a channel.
+  """Has an object answer calls until the program hangs up.
 
   Args:
     channel: `_Channel` to the program.
     target: the object.
 
-  Returns:
-    When the program hangs up.
+  Raises:
+    ConnectionError: the program is gone.
   """
-  while True:
+  while bell := channel.wait():
     try:
-      method, dtypes, arguments = channel.receive()
-    except EOFError:
-      return
-    try:
+      method, dtypes, arguments = channel.read(bell)
       channel.answer(getattr(target, method)(*arguments), dtypes)
-    except Exception as error:  # As above, and what can't be sent.
+    except Exception as error:  # As above, and what can't be read or sent.
       channel.send_error(error)
 
 

@@ -23,6 +23,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
+#include <cmath>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -34,7 +35,7 @@
 namespace {
 
 constexpr size_t kBellSize = 2 * sizeof(int64_t);
-constexpr size_t kMaxCalls = 8;  // Objects have few methods.
+constexpr size_t kMaxCalls = 8;  // That are remembered.
 
 struct Release {
   template <typename T>
@@ -72,7 +73,7 @@ struct Call {
   Ref<> method;
   Ref<> dtypes;
   Layout request;
-  std::optional<Layout> answer;
+  std::optional<Layout> last_answer;
 };
 
 // --- Results ----------------------------------------------------------------
@@ -140,14 +141,16 @@ bool WriteFloat(PyObject* value, char* place) {
     return false;
   }
   const T number = static_cast<T>(wide);
+  if (std::isinf(number) && !std::isinf(wide)) return false;
   memcpy(place, &number, sizeof(number));
   return true;
 }
 
 // Writes a number of Python's, in the dtype that was promised.
 bool WriteNumber(PyObject* value, int type, char* place) {
-  const bool is_integer = PyLong_Check(value);  // As a bool is.
-  if (is_integer || PyFloat_Check(value)) {
+  const bool is_integer = PyLong_CheckExact(value) || PyBool_Check(value);
+  if (is_integer || PyFloat_CheckExact(value) ||
+      PyArray_IsScalar(value, Double)) {
     if (type == NPY_FLOAT32) return WriteFloat<float>(value, place);
     if (type == NPY_FLOAT64) return WriteFloat<double>(value, place);
   }
@@ -187,12 +190,16 @@ bool WriteNest(PyObject* nest, const std::vector<Slot>& slots, size_t* slot,
   if (!PyTuple_CheckExact(nest)) {
     return *slot < slots.size() && WriteLeaf(nest, slots[(*slot)++], memory);
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(nest); ++i) {
-    if (!WriteNest(PyTuple_GET_ITEM(nest, i), slots, slot, memory)) {
-      return false;
-    }
+  if (Py_EnterRecursiveCall(" in a result") != 0) {
+    PyErr_Clear();
+    return false;
   }
-  return true;
+  bool written = true;
+  for (Py_ssize_t i = 0; written && i < PyTuple_GET_SIZE(nest); ++i) {
+    written = WriteNest(PyTuple_GET_ITEM(nest, i), slots, slot, memory);
+  }
+  Py_LeaveRecursiveCall();
+  return written;
 }
 
 bool WriteAnswer(PyObject* result, const Layout& layout, char* memory) {
@@ -284,10 +291,10 @@ bool ReadLayout(PyObject* from, Layout* layout) {
 
 class Server {
  public:
-  Server(PyObject* channel, PyObject* target, int socket, int memory_fd)
+  Server(PyObject* channel, PyObject* target, int socket_fd, int memory_fd)
       : channel_(channel),
         target_(target),
-        socket_(socket),
+        socket_fd_(socket_fd),
         memory_fd_(memory_fd) {}
 
   ~Server() { Unmap(); }
@@ -300,7 +307,7 @@ class Server {
     while (true) {
       if (!Receive(&bell)) return false;
       if (bell.empty()) return true;
-      if (!Answer(bell) && !SendError()) return false;
+      if (!Handle(bell) && !SendError()) return false;
     }
   }
 
@@ -309,19 +316,20 @@ class Server {
   bool Receive(std::string* bell) {
     bell->resize(kBellSize);
     ssize_t size;
-    bool interrupted;
     do {
+      // Python looks for signals while it interprets, which it doesn't here;
+      // one that has come before the wait will not interrupt it.
+      if (PyErr_CheckSignals() != 0) return false;
       Py_BEGIN_ALLOW_THREADS;
-      size = recv(socket_, bell->data(), kBellSize, 0);
+      size = recv(socket_fd_, bell->data(), kBellSize, 0);
       Py_END_ALLOW_THREADS;
-      interrupted = size < 0 && errno == EINTR;
-      if (interrupted && PyErr_CheckSignals() != 0) return false;
-    } while (interrupted);
-    if (size != kBellSize) bell->clear();
+    } while (size < 0 && errno == EINTR);
+    if (size < 0) return SetErrno();
+    bell->resize(size);
     return true;
   }
 
-  bool Answer(const std::string& bell) {
+  bool Handle(const std::string& bell) {
     Call* call = Find(bell);
     if (call == nullptr) call = Learn(bell);
     if (call == nullptr) return false;
@@ -347,7 +355,7 @@ class Server {
       const std::string& header = call->request.header;
       if (call->request.bell == bell &&
           memcmp(header.data(), memory_, header.size()) == 0) {
-        calls_.splice(calls_.begin(), calls_, call);  // The last to forget.
+        calls_.splice(calls_.begin(), calls_, call);
         return &*call;
       }
     }
@@ -383,20 +391,20 @@ class Server {
   }
 
   bool Reply(PyObject* result, Call* call) {
-    if (call->answer && WriteAnswer(result, *call->answer, memory_)) {
+    if (call->last_answer && WriteAnswer(result, *call->last_answer, memory_)) {
       // That the program is gone shows when the next bell is received.
-      send(socket_, call->answer->bell.data(), kBellSize, MSG_NOSIGNAL);
+      send(socket_fd_, call->last_answer->bell.data(), kBellSize, MSG_NOSIGNAL);
       return true;
     }
-    call->answer.reset();
+    call->last_answer.reset();
     const Ref<> layout(PyObject_CallMethod(channel_, "answer", "OO", result,
                                            call->dtypes.get()));
     if (layout == nullptr) return false;
     // The answer is on its way: what fails now must not become another.
     if (layout.get() != Py_None &&
-        !(ReadLayout(layout.get(), &call->answer.emplace()) && Map())) {
+        !(ReadLayout(layout.get(), &call->last_answer.emplace()) && Map())) {
       PyErr_Clear();
-      call->answer.reset();
+      call->last_answer.reset();
     }
     return true;
   }
@@ -404,12 +412,12 @@ class Server {
   // Maps the shared memory if it has grown, which it does in Python only.
   bool Map() {
     struct stat file;
-    if (fstat(memory_fd_, &file) != 0) return Fail();
+    if (fstat(memory_fd_, &file) != 0) return SetErrno();
     const size_t size = file.st_size;
     if (size <= size_) return true;
     void* memory =
         mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd_, 0);
-    if (memory == MAP_FAILED) return Fail();
+    if (memory == MAP_FAILED) return SetErrno();
     Unmap();
     memory_ = static_cast<char*>(memory);
     size_ = size;
@@ -420,28 +428,28 @@ class Server {
     if (memory_ != nullptr) munmap(memory_, size_);
   }
 
-  static bool Fail() {
+  static bool SetErrno() {
     PyErr_SetFromErrno(PyExc_OSError);
     return false;
   }
 
   PyObject* const channel_;
   PyObject* const target_;
-  const int socket_;
+  const int socket_fd_;
   const int memory_fd_;
   char* memory_ = nullptr;
   size_t size_ = 0;
-  std::list<Call> calls_;
+  std::list<Call> calls_;  // Those used last come first.
 };
 
-PyObject* AnswerCalls(PyObject* module, PyObject* args) {
+PyObject* AnswerCalls(PyObject*, PyObject* args) {
   PyObject *channel, *target;
-  int socket, memory_fd;
+  int socket_fd, memory_fd;
   if (!PyArg_ParseTuple(args, "OO", &channel, &target)) return nullptr;
   const Ref<> filenos(PyObject_CallMethod(channel, "filenos", nullptr));
   if (filenos == nullptr ||
-      !PyArg_ParseTuple(filenos.get(), "ii", &socket, &memory_fd) ||
-      !Server(channel, target, socket, memory_fd).Run()) {
+      !PyArg_ParseTuple(filenos.get(), "ii", &socket_fd, &memory_fd) ||
+      !Server(channel, target, socket_fd, memory_fd).Run()) {
     return nullptr;
   }
   Py_RETURN_NONE;

@@ -64,6 +64,7 @@ class Counter(Base):
     'fail': ArraySpec((), np.int32),
     'kill_itself': ArraySpec((), np.int32),
     'leave': ArraySpec((), np.int32),
+    'exit': ArraySpec((), np.int32),
     'reset': (),
   }
 
@@ -92,6 +93,9 @@ class Counter(Base):
 
   def leave(self, code):
     os._exit(code)
+
+  def exit(self, code):
+    sys.exit(code)
 
   def reset(self):
     self._count = 0
@@ -529,6 +533,71 @@ def test_calls_go_on_after_an_exception(error, answer_calls):
       assert results == []
       assert line.call('call', [np.int32]) == ('', [raiser.result])
       assert 'AttributeError' in line.call('missing')[0]
+      assert 'TypeError' in line.call('fail', (), [np.int32(1)])[0]
+
+
+def test_calls_go_on_after_a_broken_request(answer_calls):
+  giver = _Giver()
+  layout = py_process._lay_out('call', (), ((np.dtype('int32'), (), (4,)),))
+  header = bytearray(layout.header)
+  assert header[32] == 3  # The argument's dtype.
+  header[32] = 14  # bfloat16, which NumPy doesn't have.
+  with _Line(answer_calls, giver) as line:
+    for _ in range(2):
+      assert line.call('call', (), [np.int32(5)]) == ('', [])
+      line.caller._memory[: len(header)] = header
+      line.caller._connection.send(layout.bell)
+      error, _, results = line.caller.receive()
+      assert 'KeyError: 14' in error
+      assert results == []
+
+
+def test_default_timeout_of_sockets_is_not_for_calls(answer_calls):
+  giver = _Giver()
+  socket.setdefaulttimeout(0.01)
+  try:
+    line = _Line(answer_calls, giver)
+  finally:
+    socket.setdefaulttimeout(None)
+  with line:
+    for _ in range(2):
+      time.sleep(0.1)
+      assert line.call('call') == ('', [])
+
+
+@pytest.mark.parametrize(
+  ('good', 'bad'),
+  [
+    ((1.0, 2.0), [(1.0,), 1.0, (), None, (1.0, 2.0, 3.0), (1.0, (2.0, 3.0))]),
+    (1.0, [(), None, (1.0, 2.0)]),
+    ((), [1.0, (1.0,)]),
+    (None, [1.0, (1.0,)]),
+  ],
+)
+def test_numbers_of_results_are_as_promised(good, bad, answer_calls):
+  giver = _Giver()
+  expected = [] if good is None else np.ravel(good).tolist()
+  with _Line(answer_calls, giver) as line:
+    for result in bad:
+      for giver.result in (good, good, result, good):
+        error, results = line.call('call', [np.float32] * len(expected))
+        if giver.result is good:
+          assert (error, results) == ('', expected)
+        else:
+          assert f'promise {len(expected)}' in error
+
+
+def test_deep_nests_are_results_or_errors(answer_calls):
+  giver = _Giver()
+  with _Line(answer_calls, giver) as line:
+    for depth, is_good in ((1, True), (10, True), (10**6, False), (3, True)):
+      giver.result = 1.5
+      for _ in range(depth):
+        giver.result = (giver.result,)
+      error, results = line.call('call', [np.float32])
+      assert ('RecursionError' in error, results) == (
+        (False, [1.5]) if is_good else (True, [])
+      )
 
 
 def test_calls_leave_no_memory_behind(answer_calls):
@@ -540,25 +609,28 @@ def test_calls_leave_no_memory_behind(answer_calls):
     np.array('y' * 5000, object),
     np.array(['z' * 5000], object),
   ]
-  giver = _Giver()
-  giver.result = results
-  with _Line(answer_calls, giver) as line:
-    counts = []
-    for _ in range(3):
+
+  class Fresh(_Giver):
+    def call(self, *arguments):
+      return (*results,)
+
+    def fail(self):
+      raise ValueError('x' * 5000)
+
+  counts, memory = [], []
+  tracemalloc.start()
+  for _ in range(3):
+    with _Line(answer_calls, Fresh()) as line:
       for _ in range(100):
         error, received = line.call('call', dtypes, arguments)
-      assert not error
-      del received
-      counts.append(
-        [sys.getrefcount(value) for value in (*results, np.dtype('u1'))]
-      )
-      if len(counts) == 1:
-        tracemalloc.start()
-        start = tracemalloc.get_traced_memory()[0]
-    grown = tracemalloc.get_traced_memory()[0] - start
-    tracemalloc.stop()
+        assert not error
+        assert 'ValueError' in line.call('fail')[0]
+    del line, received
+    counts.append([sys.getrefcount(v) for v in (*results, np.dtype('u1'))])
+    memory.append(tracemalloc.get_traced_memory()[0])
+  tracemalloc.stop()
   assert counts[1] == counts[2]
-  assert grown < 100 * 1000  # What 20 of the 200 calls have as data.
+  assert memory[2] - memory[1] < 100_000  # The data of five calls.
 
 
 def test_methods_do_not_depend_on_each_other():
@@ -585,6 +657,8 @@ def test_methods_do_not_depend_on_each_other():
   ('dtype', 'first', 'second'),
   [
     ('float32', 1.5, 2.5),
+    ('float32', 1.5, -1.0),
+    ('float32', 1.5, np.inf),
     ('float32', 1, 2),
     ('float32', np.float64(1.5), np.float64(2.5)),
     ('float64', -3, True),
@@ -639,6 +713,10 @@ def test_calls_like_the_ones_before_are_not_worked_out(dtype, first, second):
     (object, 'x', True, 'is bool'),
     (object, 'x', 'y\ud800', 'UnicodeEncodeError'),
     (np.float32, 1.0, (1.0, 2.0), 'returned 2 values'),
+    pytest.param(np.float32, 1.0, 10**400, 'OverflowError', id='huge'),
+    (np.int64, 1, 2**70, 'OverflowError'),
+    (np.bool_, True, 7, 'int64'),
+    (np.int32, np.zeros(2, '<i4'), np.ones(2, '>i4'), 'can not be sent'),
   ],
 )
 def test_bad_results_among_good_ones_are_errors(dtype, good, bad, message):
@@ -860,6 +938,7 @@ def test_killed_process_is_noticed_and_restarted(during, other, pool):
     ('kill_itself', signal.SIGSEGV, -signal.SIGSEGV),
     ('kill_itself', signal.SIGKILL, -signal.SIGKILL),
     ('leave', 7, 7),
+    ('exit', 7, 1),
   ],
 )
 def test_exit_code_tells_how_a_process_ended(method, argument, code):
@@ -1035,6 +1114,25 @@ def test_signal_handlers_run_while_the_program_does_not_call(tmp_path):
     assert process.call('count') == i
   os.kill(process.pid, signal.SIGUSR2)
   assert process.exit_code(_SOON) == 1
+
+
+def test_signal_during_an_answer_is_handled_after_it(tmp_path):
+  class Large(Base):
+    SPECS = {'get': ArraySpec((None,), np.uint8)}
+
+    def __init__(self, path):
+      self._path = path
+      self._array = np.zeros(100_000_000, np.uint8)  # Is copied for some time.
+      signal.signal(signal.SIGALRM, lambda *_: open(self._path, 'w').close())
+
+    def get(self, seconds):
+      signal.setitimer(signal.ITIMER_REAL, seconds)
+      return self._array
+
+  process = _start(Large, str(tmp_path / 'handled'))
+  process.call('get', 0.0)
+  process.call('get', 0.003)
+  _eventually((tmp_path / 'handled').exists)
 
 
 # --- Concurrency ------------------------------------------------------------
