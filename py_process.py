@@ -263,7 +263,7 @@ class _Channel:
   def read(self, bell):
     """Returns (string, dtypes, arrays) of the message that a bell announces."""
     layout = self.read_layout(bell)
-    arrays = [self._read(*array) for array in layout.arrays]
+    arrays = [self._read_array(*array) for array in layout.arrays]
     return layout.string, layout.dtypes, arrays
 
   def read_layout(self, bell):
@@ -305,7 +305,7 @@ class _Channel:
     self._memory.close()
     os.close(self._memory_fd)
 
-  def _read(self, dtype, shape, slices):
+  def _read_array(self, dtype, shape, slices):
     if dtype is _STRINGS:
       array = np.empty(shape, dtype)
       for index, place in zip(np.ndindex(*shape), slices, strict=True):

@@ -59,6 +59,8 @@ struct Slot {
   Ref<PyArray_Descr> dtype;
   std::vector<npy_intp> shape;
   std::vector<Piece> pieces;
+
+  bool is_string() const { return dtype->type_num == NPY_OBJECT; }
 };
 
 // What is where in a message, from a `py_process._Layout`.
@@ -168,14 +170,12 @@ bool WriteNumber(PyObject* value, int type, char* place) {
 
 bool WriteLeaf(PyObject* value, const Slot& slot, char* memory) {
   if (PyArray_Check(value)) {
-    return slot.dtype->type_num != NPY_OBJECT &&
+    return !slot.is_string() &&
            WriteArray(reinterpret_cast<PyArrayObject*>(value), slot, memory);
   }
   if (!slot.shape.empty()) return false;
   const Piece& piece = slot.pieces[0];
-  if (slot.dtype->type_num == NPY_OBJECT) {
-    return WriteString(value, piece, memory);
-  }
+  if (slot.is_string()) return WriteString(value, piece, memory);
   char* place = memory + piece.begin;
   if (Py_TYPE(value) == slot.dtype->typeobj) {
     PyArray_ScalarAsCtype(value, place);
@@ -219,9 +219,8 @@ Ref<> ReadString(const Piece& piece, const char* memory) {
 }
 
 Ref<> ReadArray(const Slot& slot, char* memory) {
-  const bool is_string = slot.dtype->type_num == NPY_OBJECT;
   if (slot.shape.empty()) {
-    if (is_string) return ReadString(slot.pieces[0], memory);
+    if (slot.is_string()) return ReadString(slot.pieces[0], memory);
     return Ref<>(PyArray_Scalar(memory + slot.pieces[0].begin, slot.dtype.get(),
                                 nullptr));
   }
@@ -230,7 +229,7 @@ Ref<> ReadArray(const Slot& slot, char* memory) {
                                 slot.dtype->type_num));
   if (array == nullptr) return nullptr;
   void* data = PyArray_DATA(reinterpret_cast<PyArrayObject*>(array.get()));
-  if (!is_string) {
+  if (!slot.is_string()) {
     memcpy(data, memory + slot.pieces[0].begin, slot.pieces[0].size);
     return array;
   }

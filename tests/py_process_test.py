@@ -1457,26 +1457,25 @@ def test_works_with_and_without_the_libraries(tmp_path, libraries, missing):
   assert missing is None or f'{missing} is not built' in errors
 
 
-_START = """
-  import py_process
-
-  class Environment:
-    pass
-
-  process = py_process.PyProcess(Environment)
-  for _ in range(2):
-    try:
-      process.start()
-    except ImportError as error:
-      print('make clean ops' in str(error), process.pid)
-"""
-
-
 def test_broken_operation_is_an_import_error(tmp_path):
   shutil.copy(_MODULE, tmp_path)
   (tmp_path / 'py_process_ops.so').write_bytes(b'no library')
   path = tmp_path / 'program.py'
-  path.write_text(textwrap.dedent(_START))
+  path.write_text(
+    textwrap.dedent("""
+      import py_process
+
+      class Environment:
+        pass
+
+      process = py_process.PyProcess(Environment)
+      for _ in range(2):
+        try:
+          process.start()
+        except ImportError as error:
+          print('make clean ops' in str(error), process.pid)
+    """)
+  )
   output, _ = _python(path, str(tmp_path)).communicate(timeout=_PATIENCE)
   assert output == 'True None\nTrue None\n'
 
