@@ -10,6 +10,8 @@ import collections
 
 import numpy as np
 
+from scores import human_normalized
+
 # Mean returns (human, random) by game, in the alphabet's order.
 _REFERENCE_SCORES = {
   'Alien': (7127.7, 227.8),
@@ -115,8 +117,8 @@ def compute_human_normalized_score(level_returns, aggregate=np.median):
   ]
   if missing:
     raise ValueError(f'Levels without episode returns: {", ".join(missing)}')
-  scores = []
-  for level, returns in level_returns.items():
-    human, rand = HUMAN_SCORES[level], RANDOM_SCORES[level]
-    scores.append(100 * (np.mean(returns) - rand) / (human - rand))
+  scores = [
+    human_normalized(returns, HUMAN_SCORES[level], RANDOM_SCORES[level])
+    for level, returns in level_returns.items()
+  ]
   return float(aggregate(scores))

@@ -1,3 +1,4 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """The levels of DMLab-30 and the suite's human-normalised score.
 
 The reference scores are those of IMPALA's appendix
@@ -8,6 +9,8 @@ agent that picks actions at random.
 import collections
 
 import numpy as np
+
+from scores import human_normalized
 
 # Mean returns (human, random) by test level, in the suite's order.
 _REFERENCE_SCORES = {
@@ -107,7 +110,6 @@ def compute_human_normalized_score(level_returns, per_level_cap):
 
   scores = []
   for level, returns in test_level_returns.items():
-    human, rand = HUMAN_SCORES[level], RANDOM_SCORES[level]
-    score = 100 * (np.mean(returns) - rand) / (human - rand)
+    score = human_normalized(returns, HUMAN_SCORES[level], RANDOM_SCORES[level])
     scores.append(score if per_level_cap is None else min(score, per_level_cap))
   return float(np.mean(scores))

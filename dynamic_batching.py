@@ -26,6 +26,8 @@ import os
 
 import tensorflow.compat.v1 as tf
 
+import private_apis
+
 _LIBRARY = os.path.join(
   os.path.dirname(os.path.abspath(__file__)), 'dynamic_batching_ops.so'
 )
@@ -362,8 +364,7 @@ def _remove_control_input(op, control_input):
     others = [
       other for other in op.control_inputs if other is not control_input
     ]
-    op._remove_all_control_inputs()
-    op._add_control_inputs(others)
+    private_apis.replace_control_inputs(op, others)
 
 
 class _BatchRunner(tf.train.QueueRunner):

@@ -1,18 +1,55 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What an evaluation finds: its files and its table.
+"""Evaluation: plays the episodes of a test, and keeps what it finds.
 
-The files, `<path>.json` and `<path>.csv`, are rewritten as episodes end, so
-that an evaluation which was interrupted goes on where it was.
+In: an actor's graph with the parameters of a checkpoint. Out: `Results`, with a
+table and files; videos. Which episodes are played is fixed beforehand, and each
+has an environment process and seeds of its own. So the number of actors, what
+was played before an interruption, and how long episodes take change nothing.
+
+`BackgroundTests` has all this done in another process during a training.
 """
 
 import collections
+import contextlib
 import csv
+import functools
+import importlib.metadata
 import json
 import os
+import platform
+import re
+import subprocess
+import sys
 import threading
+import time
+import zlib
 
 import numpy as np
 import tabulate
+import tensorflow.compat.v1 as tf
+from absl import logging
+
+import actors
+import py_process
+import video
+from errors import describe_exit, last_line
+from scores import human_normalized
+
+# Atari's and DeepMind Lab's own pace: 60 frames per second, 4 to a step.
+_VIDEO_FRAMES_PER_SECOND = 15
+
+# Whose versions decide the course of an episode, where they are installed.
+_PACKAGES = (
+  'tensorflow',
+  'dm-sonnet',
+  'gymnasium',
+  'ale-py',
+  'minigrid',
+  'opencv-python-headless',
+  'vizdoom',
+)
+
+# --- Results ------------------------------------------------------------------
 
 # A played episode: its number among those of its level, its return, and its
 # length in environment frames.
@@ -211,21 +248,19 @@ def _statistics(level, returns, reference, missing):
   count = len(returns)
   if not count:
     return LevelStatistics(level, 0, *[None] * 6, missing)
-  mean, score = float(np.mean(returns)), None
-  if reference:
-    human, rand = reference
-    score = 100 * (mean - rand) / (human - rand)
   return LevelStatistics(
     level=level,
     episodes=count,
-    mean=mean,
+    mean=float(np.mean(returns)),
     standard_error=(
       float(np.std(returns, ddof=1) / np.sqrt(count)) if count > 1 else None
     ),
     median=float(np.median(returns)),
     min=min(returns),
     max=max(returns),
-    human_normalized=score,
+    human_normalized=(
+      human_normalized(returns, *reference) if reference else None
+    ),
     missing=missing,
   )
 
@@ -236,3 +271,390 @@ def _write(path, write):
   with open(temporary, 'w', newline='') as file:
     write(file)
   os.replace(temporary, path)
+
+
+# --- Names and facts ----------------------------------------------------------
+
+
+def results_path(logdir, level_name, frames, seed):
+  """Returns the path, without extension, of the results of a checkpoint."""
+  name = f'{_file_name(level_name)}-frames{frames}-seed{seed}'
+  return os.path.join(logdir, 'test', name)
+
+
+def video_path(video_dir, level, frames, seed):
+  """Returns the path of the video of a level's first episode."""
+  name = f'{_file_name(level)}-frames{frames}-seed{seed}.mp4'
+  return os.path.join(video_dir, name)
+
+
+def _file_name(level):
+  return re.sub(r'[^\w.-]+', '_', level)
+
+
+def episode_seeds(game, index, seed):
+  """Returns the seeds of a test episode, of its environment and its actions.
+
+  They are the same whether its level is tested alone or with its suite.
+
+  Args:
+    game: `Game`.
+    index: int, of the episode: they go round after round through the levels.
+    seed: int, of the test.
+  """
+  name = game.names[index % len(game.names)]
+  number = index // len(game.names)
+  return actors.draw_seeds(2, seed, zlib.crc32(name.encode()), number)
+
+
+def versions():
+  """Returns the versions of what decides the course of an episode."""
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
+# --- Episodes -----------------------------------------------------------------
+
+
+# What a test sees of an unroll: outputs of [T + 1, ...] as in `ActorOutput`.
+TestUnroll = collections.namedtuple(
+  'TestUnroll', 'done info frame action baseline'
+)
+
+
+class TestLoops(tf.train.SessionRunHook):
+  """Plays the episodes of a test that the results don't have yet.
+
+  Some threads take them one after another. Each starts the episode's process,
+  plays to the end, and closes the process.
+  """
+
+  def __init__(
+    self,
+    actor,
+    index,
+    processes,
+    game,
+    results,
+    num_workers,
+    max_restarts,
+    video_path=None,
+  ):
+    """Prepares the loops; the session's start starts them.
+
+    Args:
+      actor: `ActorGraph`.
+      index: int placeholder, which process plays.
+      processes: list of `PyProcess`, one per episode, round after round through
+        the levels.
+      game: `Game`.
+      results: `Results`.
+      num_workers: int, how many episodes are played at once.
+      max_restarts: int, how often an episode is begun anew after a failure,
+        before its level is given up.
+      video_path: function from a level's name to the path of the video of its
+        first episode; None for no videos.
+    """
+    self._actor = actor
+    self._index = index
+    self._processes = processes
+    self._game = game
+    self._names = game.names
+    self._results = results
+    self._max_attempts = 1 + max_restarts
+    self._video_path = video_path
+    self._episodes = collections.deque()
+    for episode in range(len(processes)):
+      name, number = self._identify(episode)
+      is_seen = results.has(name, number) and (
+        not self._is_recorded(number) or os.path.exists(video_path(name))
+      )
+      if not is_seen and name not in results.missing:
+        self._episodes.append(episode)
+    self.num_workers = min(num_workers, len(self._episodes))
+    # The running processes, which their thread closes or, to wake it, `stop`.
+    self._running = set()
+    self._lock = threading.Lock()
+    self._threads = []
+    self.coord = None
+
+  def after_create_session(self, session, coord):
+    self.coord = coord
+    env_outputs = self._actor.output.env_outputs
+    agent_outputs = self._actor.output.agent_outputs
+    self._start = actors.make_start(session, self._actor, self._index)
+    self._unroll = actors.make_unroll(
+      session,
+      self._actor,
+      self._index,
+      TestUnroll(env_outputs.done, env_outputs.info, [], [], []),
+    )
+    self._unroll_for_video = actors.make_unroll(
+      session,
+      self._actor,
+      self._index,
+      TestUnroll(
+        env_outputs.done,
+        env_outputs.info,
+        env_outputs.observation[0],
+        agent_outputs.action,
+        agent_outputs.baseline,
+      ),
+    )
+    self._threads = actors.start_threads(coord, [self._run] * self.num_workers)
+
+  def is_running(self):
+    return any(thread.is_alive() for thread in self._threads)
+
+  def wait_for_end(self, seconds):
+    """Waits some seconds; returns whether all threads have ended."""
+    self.coord.wait_for_stop(timeout=seconds)
+    return not self.is_running()
+
+  def stop(self):
+    """Ends the episodes under way."""
+    self.coord.request_stop()
+    while self.is_running():
+      with self._lock:
+        running = list(self._running)
+      py_process.close_all(running)
+      time.sleep(0.1)
+
+  def _identify(self, episode):
+    """Returns the level's name and the episode's number in it."""
+    number, level = divmod(episode, len(self._names))
+    return self._names[level], number
+
+  def _is_recorded(self, number):
+    """Returns whether there is a video of a level's episode."""
+    return self._video_path is not None and number == 0
+
+  def _run(self):
+    while not self.coord.should_stop():
+      try:
+        episode = self._episodes.popleft()
+      except IndexError:
+        return
+      self._attempt(episode)
+
+  def _attempt(self, episode):
+    """Plays an episode; gives its level up if it fails again and again."""
+    name, number = self._identify(episode)
+    for attempt in range(1, self._max_attempts + 1):
+      if name in self._results.missing or self.coord.should_stop():
+        return
+      try:
+        info = self._run_process(episode)
+      except (tf.errors.OpError, py_process.ProcessError) as error:
+        if self.coord.should_stop():
+          return
+        reason = self._explain(episode, error)
+        logging.warning(
+          '%s, episode %d: %s (attempt %d of %d).',
+          name,
+          number,
+          reason,
+          attempt,
+          self._max_attempts,
+        )
+      else:
+        frames = int(info.episode_step) * self._game.settings.num_action_repeats
+        self._results.add(
+          name, Episode(number, float(info.episode_return), frames)
+        )
+        return
+    self._results.give_up(name, f'{reason} ({self._max_attempts} attempts)')
+
+  def _run_process(self, episode):
+    """Plays an episode in a process that is started for it."""
+    process = self._processes[episode]
+    try:
+      process.start()
+      with self._lock:
+        self._running.add(process)
+      return self._play(episode)
+    finally:
+      with self._lock:
+        self._running.discard(process)
+      # Which may take a while: others needn't wait for it.
+      process.close()
+
+  def _play(self, episode):
+    """Returns the `StepOutputInfo` of the episode's end."""
+    name, number = self._identify(episode)
+    if not self._is_recorded(number):
+      return self._play_to_the_end(episode, self._unroll, lambda unroll: None)
+    with video.record(self._video_path(name), _VIDEO_FRAMES_PER_SECOND) as add:
+      return self._play_to_the_end(
+        episode,
+        self._unroll_for_video,
+        functools.partial(self._add_to_video, add),
+      )
+
+  def _play_to_the_end(self, episode, run, see):
+    """Runs unrolls, shows each to `see`, and returns the last info."""
+    state = self._start(episode)
+    while not self.coord.should_stop():
+      unroll, state = run(episode, *state)
+      see(unroll)
+      end = _end(unroll)
+      if end is not None:
+        return type(unroll.info)(*(values[end] for values in unroll.info))
+    raise tf.errors.CancelledError(None, None, 'The test was stopped.')
+
+  def _add_to_video(self, add, unroll):
+    end = _end(unroll)
+    # The action that answers a frame comes with the next one.
+    for t in range(len(unroll.done) - 1 if end is None else end):
+      lines = [
+        f'return {unroll.info.episode_return[t]:.2f}',
+        f'action {unroll.action[t + 1]}   value {unroll.baseline[t + 1]:.3f}',
+      ]
+      add(self._game.family.picture(unroll.frame[t]), lines)
+    if end is not None:
+      # The last frame stays for a second, with what its action brought.
+      lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
+      for _ in range(_VIDEO_FRAMES_PER_SECOND):
+        add(self._game.family.picture(unroll.frame[end - 1]), lines)
+
+  def _explain(self, episode, error):
+    """Returns why an episode could not be played."""
+    if isinstance(error, tf.errors.OpError):
+      exit_code = self._processes[episode].exit_code()
+      # One that had not died by itself was told to end by `close`.
+      if exit_code:
+        return f'its process died with {describe_exit(exit_code)}'
+    return last_line(error)
+
+
+def _end(unroll):
+  """Returns the index at which a `TestUnroll` ends its episode, or None."""
+  # The first entry was seen as the last of the unroll before.
+  ends = np.flatnonzero(unroll.done[1:])
+  return 1 + ends[0] if ends.size else None
+
+
+# --- Test in the background of a training -----------------------------------
+
+# Ends with the process whose id is its first argument, and becomes another
+# program.
+_CHILD = (
+  'import os, sys, py_process; py_process.die_with(int(sys.argv[1])); '
+  'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
+)
+
+
+class BackgroundTests(tf.train.SessionRunHook):
+  """Tests checkpoints in another process while the training goes on.
+
+  The learner's thread saves a checkpoint; `poll`, of the main thread, has it
+  tested. One at a time: while a test is under way, none is begun.
+  """
+
+  def __init__(self, metrics, logdir, interval_frames, arguments, path_of):
+    """Prepares the tests.
+
+    Args:
+      metrics: `Metrics`, which gets the results.
+      logdir: folder of the training.
+      interval_frames: int, environment frames between two tests.
+      arguments: function from a checkpoint's path to the arguments for Python
+        that run its test.
+      path_of: function from a checkpoint's frames to the path, without
+        extension, of the results of its test.
+    """
+    self._metrics = metrics
+    self._interval_frames = interval_frames
+    self._arguments = arguments
+    self._path_of = path_of
+    self._folder = os.path.join(logdir, 'test')
+    self._log = os.path.join(self._folder, 'background.log')
+    self._next_frames = None
+    self._checkpoint = None  # The one to test, or in test.
+    self._process = None
+
+  def begin(self):
+    # Its own: the training's may delete a checkpoint before it's read.
+    self._saver = tf.train.Saver(max_to_keep=1)
+
+  def after_create_session(self, session, coord):
+    self._schedule(session.run(tf.train.get_global_step()))
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(tf.train.get_global_step())
+
+  def after_run(self, run_context, run_values):
+    if run_values.results < self._next_frames or self._checkpoint:
+      return
+    session = run_context.session
+    frames = session.run(tf.train.get_global_step())
+    self._schedule(frames)
+    os.makedirs(self._folder, exist_ok=True)
+    self._checkpoint = self._saver.save(
+      session,
+      os.path.join(self._folder, 'model.ckpt'),
+      frames,
+      write_meta_graph=False,
+    )
+
+  def poll(self, console):
+    """Reports a test that ended, and starts the next one."""
+    self.report(console)
+    if self._checkpoint and self._process is None:
+      self._start()
+
+  def report(self, console):
+    """Logs and prints the results of a test if it has ended."""
+    if self._process is None or self._process.poll() is None:
+      return
+    try:
+      # With 1, some levels are missing. Anything else: no test, and a file may
+      # be there from before.
+      if self._process.returncode not in (0, 1):
+        raise ValueError('The test ended early.')
+      frames = int(self._checkpoint.rpartition('-')[2])
+      line = self._metrics.add_test(self._path_of(frames) + '.json')
+    except (OSError, ValueError):
+      line = f'The test of {self._checkpoint} failed, see {self._log}.'
+    console.print_line(line)
+    # In this order: without a checkpoint, the learner's thread saves another.
+    self._process = None
+    self._checkpoint = None
+
+  def close(self):
+    """Ends a test under way."""
+    if self._process is not None:
+      self._process.terminate()
+      try:
+        self._process.wait(timeout=10)
+      except subprocess.TimeoutExpired:
+        self._process.kill()
+        self._process.wait()
+
+  def _schedule(self, frames):
+    interval = self._interval_frames
+    self._next_frames = (frames // interval + 1) * interval
+
+  def _start(self):
+    with open(self._log, 'a') as log:
+      self._process = subprocess.Popen(
+        [
+          sys.executable,
+          '-c',
+          _CHILD,
+          str(os.getpid()),
+          *self._arguments(self._checkpoint),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # A Ctrl-C is for the training.
+        env={
+          **os.environ,
+          'PYTHONPATH': os.pathsep.join(sys.path),
+          'CUDA_VISIBLE_DEVICES': '-1',  # The training has taken it all.
+        },
+      )

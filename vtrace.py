@@ -1,3 +1,4 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """V-trace: off-policy corrected value targets and policy gradient advantages.
 
 IMPALA's actors follow a policy that is some updates older than the one the

@@ -25,8 +25,10 @@ import numpy as np
 from absl import app, flags
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import cluster
 import environments
 import experiment
+from agent import Agent, AgentOutput
 from experiment import tf
 
 FLAGS = flags.FLAGS
@@ -36,7 +38,7 @@ flags.DEFINE_integer('processes', 4, 'Processes that the actor tasks share.')
 flags.DEFINE_integer('clients', 0, 'Internal: be so many actor tasks.')
 
 _NUM_ACTIONS = 9
-_SETTINGS = '{}'
+_REQUIREMENTS = '{}'
 
 
 def _unroll():
@@ -58,7 +60,7 @@ def _unroll():
         np.zeros(length, bool),
         (frames, np.full(length, b'', object)),
       ),
-      agent_outputs=experiment.AgentOutput(
+      agent_outputs=AgentOutput(
         np.zeros(length, np.int32),
         np.zeros((length, _NUM_ACTIONS), float32),
         np.zeros(length, float32),
@@ -82,11 +84,20 @@ def _be_actors():
   unroll = _unroll()
 
   def run():
-    learner = experiment.Learner(_specs(unroll), _SETTINGS, [])
-    learner.join()
+    specs = _specs(unroll)
+    client = cluster.LearnerClient(
+      FLAGS.learner_address,
+      FLAGS.task,
+      FLAGS.actor_address,
+      specs,
+      lambda: experiment.build_queue(specs),
+      _REQUIREMENTS,
+      [],
+    )
+    client.join()
     while True:
-      learner.send(unroll)
-      learner.read()
+      client.send(unroll)
+      client.read()
 
   threads = [threading.Thread(target=run) for _ in range(FLAGS.clients)]
   for thread in threads:
@@ -102,22 +113,24 @@ class _Learner:
     unroll = _unroll()
     with tf.Graph().as_default():
       tf.train.get_or_create_global_step()
-      agent = experiment.Agent(_NUM_ACTIONS, FLAGS.torso)
+      agent = Agent(_NUM_ACTIONS, FLAGS.torso)
       output = tf.nest.map_structure(
         lambda x: tf.constant(x[:, np.newaxis]),
         (unroll.actor_output.agent_outputs, unroll.actor_output.env_outputs),
       )
       agent.unroll(output[0].action, output[1], agent.initial_state(1))
-      board = experiment.Board(_specs(unroll))
-      batch = board.queue.dequeue_many(FLAGS.batch_size)
+      shared = cluster.SharedState(
+        lambda: experiment.build_queue(_specs(unroll))
+      )
+      batch = shared.queue.dequeue_many(FLAGS.batch_size)
       with tf.control_dependencies(tf.nest.flatten(batch)):
-        self._update = board.publish(agent)
+        self._update = shared.publish(agent)
       config = experiment._session_config(0)
       self._session = tf.Session(
-        experiment._start_server(config), config=config
+        cluster.start_server(FLAGS.learner_address, config), config=config
       )
       self._session.run(tf.global_variables_initializer())
-      self._session.run([board.publish(agent), board.open(_SETTINGS)])
+      self._session.run([shared.publish(agent), shared.open(_REQUIREMENTS)])
     self.num_parameters = sum(
       v.shape.num_elements() for v in agent.trainable_variables
     )

@@ -44,12 +44,14 @@ def _products(frames, weights):
 
 def step_flops(height, width, channels, num_actions):
   """Returns the FLOPs of an agent step: to act, and three times to learn."""
-  import experiment
-  from experiment import tf
+  import tensorflow.compat.v1 as tf
+
+  import environments
+  from agent import Agent
 
   with tf.Graph().as_default() as graph:
-    agent = experiment.Agent(num_actions)
-    env_output = experiment.environments.StepOutput(
+    agent = Agent(num_actions)
+    env_output = environments.StepOutput(
       tf.zeros([1]),
       (),
       tf.zeros([1], tf.bool),

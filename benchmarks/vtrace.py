@@ -1,3 +1,4 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """Times V-trace beside the same formulas with the recursion in `tf.scan`.
 
 How much does the learner save by solving the recursion in log2(T) steps? Run

@@ -15,7 +15,12 @@ from unittest import mock
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from train_test import (
+
+import cluster
+import experiment
+from errors import UserError
+from experiment import tf
+from helpers import (
   TOY,
   Program,
   alive,
@@ -23,9 +28,7 @@ from train_test import (
   descendants,
   wait_until,
 )
-
-import experiment
-from experiment import tf
+from levels import Game
 
 FLAGS = flags.FLAGS
 if not FLAGS.is_parsed():
@@ -99,7 +102,7 @@ def test_steps_refused_by_mistake_are_repeated():
   with tf.Graph().as_default(), tf.Session() as session:
     x = tf.placeholder(tf.float32, [])
     real, session._call_tf_sessionrun = session._call_tf_sessionrun, run
-    experiment._repeat_refused(session)
+    cluster.repeat_refused(session)
     negative = session.make_callable(-tf.constant(2.0))
     errors += 2 * [refusal('The same RunGraph (Worker)')]
     assert session.run(2 * x, {x: 3}) == 6
@@ -114,15 +117,14 @@ def test_steps_refused_by_mistake_are_repeated():
 
 def test_unrolls_for_another_learner_do_not_count():
   with tf.Graph().as_default():
-    board, update = mock.Mock(), mock.Mock()
-    board.publish.return_value = tf.no_op()
-    update.learner.global_step = tf.constant(0)
-    tasks = experiment.ActorTasks(board, None, update, '')
+    shared = mock.Mock()
+    shared.publish.return_value = tf.no_op()
+    tasks = cluster.ActorRegistry(shared, None, tf.constant(0), '', 1)
   tasks.session = mock.Mock()
   for unrolls in (1000, 1012):
-    beat = experiment.Beat(99.0, 1.0, unrolls, 0, 0, 0, 0.0)
+    beat = cluster.Heartbeat(99.0, 1.0, unrolls, 0, 0, 0, 0.0)
     tasks.session.run.return_value = (100.0, [4], [beat], ([4], [b'host:1']))
-    tasks.changes()
+    tasks.membership_changes()
   values, _ = tasks.membership()
   assert values['unrolls_per_actor_mean'] == 12
 
@@ -318,7 +320,7 @@ def test_learner_on_localhost_is_for_this_host_alone():
         pytest.skip('This host has no address but 127.0.0.1.')
       outside = probe.getsockname()[0]
     socket.create_connection((outside, port)).close()
-    experiment._shut_out_other_hosts(port)
+    cluster.shut_out_other_hosts(port)
     socket.create_connection(('127.0.0.1', port)).close()
     with pytest.raises(TimeoutError):
       socket.create_connection((outside, port), timeout=0.5)
@@ -394,7 +396,7 @@ def test_flags_and_tf_config(monkeypatch, config, arguments, expected):
 def test_tf_config_that_can_not_be_followed(
   monkeypatch, config, arguments, message
 ):
-  with pytest.raises(experiment.UserError, match=re.escape(message)):
+  with pytest.raises(UserError, match=re.escape(message)):
     check_flags(monkeypatch, config, *arguments.split())
 
 
@@ -413,7 +415,7 @@ def test_levels_and_seeds_go_round_over_all_environments():
   class Family:
     create = staticmethod(lambda level, seed, settings, spec: (level, seed))
 
-  game = experiment.Game(Family, None, ['a', 'b', 'c', 'd'], None, None, {})
+  game = Game(Family, None, ['a', 'b', 'c', 'd'], None, None, {})
   seed_of = experiment._environment_seed
   alone = experiment._create_processes(game, 6, seed_of)
   assert [level for level, _ in alone] == ['a', 'b', 'c', 'd', 'a', 'b']

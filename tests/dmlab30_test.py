@@ -1,3 +1,4 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the DMLab-30 levels and of the human-normalised score."""
 
 import pytest

@@ -10,7 +10,7 @@ import pytest
 import atari57
 import dmlab30
 import evaluation
-import experiment
+import levels
 
 
 def make(path, levels=('a', 'b'), num_episodes=3, seed=1, **kwargs):
@@ -94,19 +94,19 @@ def test_results_of_another_evaluation_are_refused_and_kept(tmp_path):
 @pytest.mark.parametrize('name', ['dmlab30', 'atari57'])
 def test_scores_of_a_suite_equal_the_formula(tmp_path, name):
   """Level i has episodes that score 10 i - 10 and 10 i + 10 percent."""
-  suite = experiment.SUITES[name]
+  suite = levels.SUITES[name]
   module = {'dmlab30': dmlab30, 'atari57': atari57}[name]
-  levels = list(module.LEVEL_MAPPING.values())
-  references = experiment._reference_scores(levels)
+  names = list(module.LEVEL_MAPPING.values())
+  references = levels.reference_scores(names)
   results = make(
     tmp_path,
-    levels,
+    names,
     num_episodes=2,
     references=references,
     aggregates=suite.aggregates,
   )
-  expected = 10.0 * np.arange(len(levels))
-  for level, percent in zip(levels, expected, strict=True):
+  expected = 10.0 * np.arange(len(names))
+  for level, percent in zip(names, expected, strict=True):
     human, rand = module.HUMAN_SCORES[level], module.RANDOM_SCORES[level]
     assert not results.scores()  # Not before all is played.
     add(
@@ -127,6 +127,6 @@ def test_scores_of_a_suite_equal_the_formula(tmp_path, name):
     assert scores['median'] == pytest.approx(280)
     assert scores['mean'] == pytest.approx(280)
   table = results.table()
-  assert all(level in table for level in levels)
+  assert all(level in table for level in names)
   for title, score in scores.items():
     assert f'{title.replace("_", " ")}: {score:.2f} %' in table

@@ -1,7 +1,6 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Tests of the agent, the actor's and the learner's graphs, and the flags."""
+"""Tests of the actor's and the learner's graphs, and of the flags."""
 
-import json
 import os
 import subprocess
 import sys
@@ -16,39 +15,14 @@ import environments
 import experiment
 import py_process
 import vtrace
+from actors import create_processes
+from agent import Agent, AgentOutput
 from experiment import tf
+from helpers import FRAME, NUM_ACTIONS, constants, env_outputs, run_graph
 
 FLAGS = flags.FLAGS
 if not FLAGS.is_parsed():
   FLAGS(['experiment_test'])
-
-NUM_ACTIONS = 3
-FRAME = (12, 16, 3)
-
-
-def env_outputs(random, shape, instructions=('',)):
-  """Returns a `StepOutput` of random NumPy values with leading dimensions."""
-  return environments.StepOutput(
-    reward=random.normal(size=shape).astype(np.float32) * 2,
-    info=environments.StepOutputInfo(
-      np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    ),
-    done=random.random(shape) < 0.3,
-    observation=(
-      random.integers(0, 256, (*shape, *FRAME), np.uint8),
-      random.choice(np.array(instructions, object), shape),
-    ),
-  )
-
-
-def constants(nest):
-  return tf.nest.map_structure(tf.constant, nest)
-
-
-def run(fetches, feed_dict=None):
-  with tf.Session() as session:
-    session.run(tf.global_variables_initializer())
-    return session.run(fetches, feed_dict)
 
 
 def test_keras_is_left_to_those_who_want_it():
@@ -57,144 +31,6 @@ def test_keras_is_left_to_those_who_want_it():
     'import keras, tensorflow as tf; tf.keras.layers.Dense(3)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
-
-
-# --- The agent --------------------------------------------------------------
-
-
-@pytest.mark.parametrize('torso', ['deep', 'shallow'])
-def test_unroll_equals_single_steps(torso):
-  random = np.random.default_rng(1)
-  num_steps, batch_size = 4, 2
-  inputs = env_outputs(random, (num_steps, batch_size), ('', 'a b', 'red door'))
-  actions = random.integers(0, NUM_ACTIONS, (num_steps, batch_size), np.int32)
-  with tf.Graph().as_default():
-    agent = experiment.Agent(NUM_ACTIONS, torso)
-    state = agent.initial_state(batch_size)
-    unrolled, last_state = agent.unroll(
-      tf.constant(actions), constants(inputs), state
-    )
-    steps = []
-    for t in range(num_steps):
-      output, state = agent(
-        (
-          tf.constant(actions[t]),
-          constants(tf.nest.map_structure(lambda x, t=t: x[t], inputs)),
-        ),
-        state,
-      )
-      steps.append(output)
-    unrolled, last_state, steps, state = run(
-      (unrolled, last_state, steps, state)
-    )
-  assert unrolled.action.shape == (num_steps, batch_size)
-  for t, step in enumerate(steps):
-    np.testing.assert_allclose(
-      unrolled.policy_logits[t], step.policy_logits, atol=1e-5
-    )
-    np.testing.assert_allclose(unrolled.baseline[t], step.baseline, atol=1e-5)
-  np.testing.assert_allclose(last_state.hidden, state.hidden, atol=1e-5)
-  np.testing.assert_allclose(last_state.cell, state.cell, atol=1e-5)
-
-
-def test_state_is_reset_where_an_episode_begins():
-  random = np.random.default_rng(2)
-  inputs = env_outputs(random, (2,))._replace(done=np.array([True, False]))
-  with tf.Graph().as_default():
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
-    inputs = (tf.constant([0, 1]), constants(inputs))
-    fresh, _ = agent(inputs, agent.initial_state(2))
-    ones = tf.nest.map_structure(tf.ones_like, agent.initial_state(2))
-    used, _ = agent(inputs, ones)
-    fresh, used = run((fresh.baseline, used.baseline))
-  np.testing.assert_allclose(fresh[0], used[0], rtol=1e-5)
-  assert abs(fresh[1] - used[1]) > 1e-4
-
-
-def test_words_and_their_order_matter():
-  random = np.random.default_rng(3)
-  inputs = env_outputs(random, (1,))
-  frame, _ = inputs.observation
-  texts = np.array(['go left', 'left go', 'go left', ''], object)
-  inputs = tf.nest.map_structure(lambda x: np.repeat(x[:1], 4, 0), inputs)
-  inputs = inputs._replace(observation=(np.repeat(frame, 4, 0), texts))
-  with tf.Graph().as_default():
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
-    output, _ = agent(
-      (tf.zeros([4], tf.int32), constants(inputs)), agent.initial_state(4)
-    )
-    values = run(output.baseline)
-  np.testing.assert_allclose(values[0], values[2], rtol=1e-5)
-  assert len(set(np.round(values, 6))) == 3
-
-
-def test_instructions_are_read_word_by_word():
-  texts = ['', 'go', 'find the red door']
-  with tf.Graph().as_default():
-    tf.set_random_seed(1)
-    encoder = experiment._InstructionEncoder()
-    encoded = encoder(tf.constant(texts))
-    rows = []
-    for text in texts:
-      state = encoder._lstm.initial_state(1)
-      for word in text.split():
-        bucket = tf.strings.to_hash_bucket_fast([word], 1000)
-        _, state = encoder._lstm(encoder._embedding(bucket), state)
-      rows.append(state.hidden)
-    values, expected = run(
-      [
-        (result, encoder_gradients(encoder, result))
-        for result in (encoded, tf.concat(rows, axis=0))
-      ]
-    )
-  tf.nest.map_structure(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max()),
-    values,
-    expected,
-  )
-  assert all(np.abs(gradient).max() > 0 for gradient in expected[1])
-
-
-def test_no_instructions_are_zeros():
-  with tf.Graph().as_default():
-    encoder = experiment._InstructionEncoder()
-    encoded = encoder(tf.constant(['', '', '']))
-    values, gradients = run((encoded, encoder_gradients(encoder, encoded)))
-  np.testing.assert_array_equal(values, np.zeros([3, 64]))
-  assert not any(gradient.any() for gradient in gradients)
-
-
-def test_no_instructions_leave_words_to_the_optimizer_as_they_are():
-  with tf.Graph().as_default():
-    encoder = experiment._InstructionEncoder()
-    encoded = encoder(tf.constant(['', '']))
-    (gradient,) = tf.gradients(encoded, encoder._embedding.embeddings)
-    # RMSProp updates each of them, be its gradient zero.
-    assert run(gradient.indices).size <= 1
-
-
-def encoder_gradients(encoder, result):
-  loss = tf.reduce_sum(tf.sin(10 * result))
-  return [
-    tf.convert_to_tensor(gradient)
-    for gradient in tf.gradients(loss, encoder.trainable_variables)
-  ]
-
-
-def test_deep_agent_has_the_papers_size():
-  with tf.Graph().as_default():
-    agent = experiment.Agent(9, 'deep')
-    inputs = environments.StepOutput(
-      tf.zeros([1]),
-      (),
-      tf.zeros([1], tf.bool),
-      (tf.zeros([1, 72, 96, 3], tf.uint8), tf.constant([''])),
-    )
-    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
-    sizes = [v.shape.num_elements() for v in agent.trainable_variables]
-    kernels = [v for v in agent.trainable_variables if v.shape.rank == 4]
-  assert len(kernels) == 15
-  assert 1.5e6 < sum(sizes) < 1.7e6
 
 
 # --- The learner ------------------------------------------------------------
@@ -239,7 +75,7 @@ def learner_batch():
   """Returns the inputs of the learner, [T + 1, B, ...], for T=5 and B=3."""
   random = np.random.default_rng(4)
   shape = (6, 3)
-  agent_outputs = experiment.AgentOutput(
+  agent_outputs = AgentOutput(
     action=random.integers(0, NUM_ACTIONS, shape, np.int32),
     policy_logits=random.normal(size=(*shape, NUM_ACTIONS)).astype(np.float32),
     baseline=random.normal(size=shape).astype(np.float32),
@@ -263,7 +99,7 @@ def test_update_equals_the_papers_equations(learner_batch):
   env, behaviour = learner_batch
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(NUM_ACTIONS, 'shallow')
     state = agent.initial_state(3)
     target, _ = agent.unroll(
       tf.constant(behaviour.action), constants(env), state
@@ -347,7 +183,7 @@ def test_gradients_equal_those_of_a_plain_graph(learner_batch):
   with tf.Graph().as_default():
     tf.set_random_seed(1)  # The same weights in each session.
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'deep')
+    agent = Agent(NUM_ACTIONS, 'deep')
     learner = experiment.build_learner(
       agent, agent.initial_state(3), constants(env), constants(behaviour)
     )
@@ -410,7 +246,7 @@ def run_learner(learner_batch, precision):
   with tf.Graph().as_default(), flagsaver.flagsaver(precision=precision):
     tf.set_random_seed(1)
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'deep', precision)
+    agent = Agent(NUM_ACTIONS, 'deep', precision)
     learner = experiment.build_learner(
       agent, agent.initial_state(3), constants(env), constants(behaviour)
     )
@@ -486,13 +322,13 @@ def test_batch_of_one_unroll(learner_batch):
   env, behaviour = tf.nest.map_structure(lambda x: x[:, :1], learner_batch)
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(NUM_ACTIONS, 'shallow')
     # As from a queue: their shapes are known, their values are not.
     inputs = tf.nest.map_structure(
       lambda x: tf.placeholder_with_default(x, x.shape), (env, behaviour)
     )
     learner = experiment.build_learner(agent, agent.initial_state(1), *inputs)
-    assert np.isfinite(run(learner).total_loss)
+    assert np.isfinite(run_graph(learner).total_loss)
 
 
 @flagsaver.flagsaver(batch_size=3, unroll_length=5, max_gradient_norm=0.5)
@@ -500,7 +336,7 @@ def test_gradient_norm_is_clipped_but_reported_whole(learner_batch):
   env, behaviour = learner_batch
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(NUM_ACTIONS, 'shallow')
     learner = experiment.build_learner(
       agent, agent.initial_state(3), constants(env), constants(behaviour)
     )
@@ -524,7 +360,7 @@ def test_loss_that_is_not_finite_changes_nothing(learner_batch):
   env, behaviour = learner_batch
   with tf.Graph().as_default():
     step = tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(NUM_ACTIONS, 'shallow')
     bad = behaviour.policy_logits.copy()
     bad[2, 1, 0] = np.nan
     learner = experiment.build_learner(
@@ -564,7 +400,7 @@ def test_loss_that_is_not_finite_changes_nothing(learner_batch):
 def test_reward_clipping(clipping, expected):
   with flagsaver.flagsaver(reward_clipping=clipping), tf.Graph().as_default():
     rewards = tf.constant([-10.0, -0.5, 0.0, 0.5, 10.0])
-    clipped = run(experiment._clip_rewards(rewards))
+    clipped = run_graph(experiment._clip_rewards(rewards))
   np.testing.assert_allclose(clipped, expected, rtol=1e-5)
 
 
@@ -600,7 +436,7 @@ class Counter:
 def test_unrolls_of_one_graph_join_for_each_actor():
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(NUM_ACTIONS, 'shallow')
     processes = [py_process.PyProcess(Counter, offset) for offset in (0, 100)]
     index = tf.placeholder(tf.int32, [])
     env = environments.FlowEnvironment(py_process.choose(processes, index))
@@ -657,7 +493,7 @@ def test_learner_recomputes_what_the_actor_did():
   """On-policy, the learner's unroll gives the actor's logits and baselines."""
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = experiment.Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(NUM_ACTIONS, 'shallow')
     process = py_process.PyProcess(Counter, 5)
     actor = experiment.build_actor(
       agent,
@@ -745,7 +581,7 @@ def test_atari_suite_is_57_games_with_all_actions(mode, monkeypatch):
   assert all(settings.full_action_set for _, settings in asked)
   processes = [
     process._arguments.arguments['level']
-    for process in experiment._create_processes(game, 58, lambda index: index)
+    for process in create_processes(game, 58, lambda index: index)
   ]
   assert processes[:2] == ['ALE/Alien-v5', 'ALE/Amidar-v5']
   assert processes[57] == 'ALE/Alien-v5'
@@ -753,76 +589,6 @@ def test_atari_suite_is_57_games_with_all_actions(mode, monkeypatch):
   with flagsaver.flagsaver(level_name='gym:ALE/Pong-v5', mode=mode):
     experiment._choose_game()
   assert not asked[-1][1].full_action_set
-
-
-@pytest.mark.parametrize('suite', ['dmlab30', 'atari57'])
-def test_scores_of_a_suite_in_training(suite, monkeypatch, tmp_path):
-  """The score is written whenever all levels were played."""
-  module = experiment.SUITES[suite].module
-  levels = list(module.LEVEL_MAPPING)
-  written = []
-  with flagsaver.flagsaver(level_name=suite), tf.Graph().as_default():
-    metrics = experiment.Metrics(str(tmp_path), levels, None)
-    monkeypatch.setattr(metrics, '_write', written.append)
-    for human in (True, False):
-      for level in levels:
-        test_level = module.LEVEL_MAPPING[level]
-        scores = module.HUMAN_SCORES if human else module.RANDOM_SCORES
-        metrics._add_episode(level, scores[test_level], 10)
-      expected = 100 if human else 0
-      for name in experiment.SUITES[suite].aggregates:
-        tag = f'{suite}/training_{name}'
-        assert written[-1][tag] == pytest.approx(expected)
-  assert sum(f'{suite}/training_{name}' in values for values in written) == 2
-
-
-@pytest.mark.parametrize('damaged', [None, '.index', '.data-00000-of-00001'])
-def test_checkpoint_that_is_damaged_is_told(damaged, tmp_path):
-  path = str(tmp_path / 'model.ckpt-7')
-  with tf.Graph().as_default(), tf.Session() as session:
-    tf.get_variable('weight', [3, 2])
-    step = tf.train.get_or_create_global_step()
-    session.run([tf.global_variables_initializer(), step.initializer])
-    session.run(step.assign(7))
-    tf.train.Saver().save(session, path, write_meta_graph=False)
-  if damaged:
-    with open(path + damaged, 'r+b') as file:
-      file.truncate(5)
-    with pytest.raises(experiment.UserError, match='can not be read'):
-      experiment._read_checkpoint(path)
-  else:
-    shapes, frames = experiment._read_checkpoint(path)
-    assert frames == 7
-    assert shapes['weight'] == [3, 2]
-
-
-def test_results_of_some_episodes_are_not_logged(tmp_path):
-  row = {
-    'level': 'a',
-    'episodes': 1,
-    'mean': 2.0,
-    'human_normalized': None,
-    'missing': '',
-  }
-  path = tmp_path / 'test.json'
-  with tf.Graph().as_default():
-    metrics = experiment.Metrics(str(tmp_path), ['a'], None)
-  for num_episodes in (1, 2):
-    path.write_text(
-      json.dumps(
-        {
-          'settings': {'frames': 10},
-          'num_episodes': num_episodes,
-          'scores': {},
-          'levels': [row],
-        }
-      )
-    )
-    if num_episodes == 1:
-      assert 'a/mean_return 2.00' in metrics.add_test(path)
-    else:
-      with pytest.raises(ValueError, match='not complete'):
-        metrics.add_test(path)
 
 
 # --- Flagfiles --------------------------------------------------------------

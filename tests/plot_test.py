@@ -9,9 +9,9 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tensorflow.compat.v1 as tf
 
 import plot
-from experiment import tf
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

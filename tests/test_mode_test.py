@@ -3,7 +3,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,40 +13,18 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import environments
+import evaluation
 import experiment
 import toy_gym
-from experiment import tf
+from helpers import ROOT, TESTS, save_agent
+from levels import Game
 
 FLAGS = flags.FLAGS
 if not FLAGS.is_parsed():
   FLAGS(['test_mode_test'])
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TESTS = os.path.join(ROOT, 'tests')
 FAKE_LAB = os.path.join(TESTS, 'fake_deepmind_lab')
 LENGTHS = 'gym:toy_gym:Lengths-v0'
-
-
-def save_agent(logdir, num_actions=3, frame_shape=(4, 6, 1), step=40):
-  """Saves a shallow agent with random weights; returns the checkpoint."""
-  with tf.Graph().as_default():
-    tf.set_random_seed(5)
-    global_step = tf.train.get_or_create_global_step()
-    agent = experiment.Agent(num_actions, 'shallow')
-    inputs = environments.StepOutput(
-      tf.zeros([1]),
-      (),
-      tf.zeros([1], tf.bool),
-      (tf.zeros([1, *frame_shape], tf.uint8), tf.constant([''])),
-    )
-    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
-    with tf.Session() as session:
-      session.run(tf.global_variables_initializer())
-      session.run(global_step.assign(step))
-      return tf.train.Saver().save(
-        session, os.path.join(logdir, 'model.ckpt'), global_step
-      )
 
 
 def flags_of(logdir, level_name=LENGTHS, **kwargs):
@@ -103,8 +80,8 @@ def test_short_episodes_are_not_favoured_and_seeds_decide(tmp_path, capsys):
   episodes = content['episodes'][LENGTHS]
   assert [episode['number'] for episode in episodes] == list(range(12))
   with flagsaver.flagsaver(seed=1):
-    game = experiment.Game(None, [LENGTHS], None, None, None, {})
-    seeds = [experiment._test_seeds(game, index)[0] for index in range(12)]
+    game = Game(None, [LENGTHS], None, None, None, {})
+    seeds = [evaluation.episode_seeds(game, index, 1)[0] for index in range(12)]
   lengths = first_lengths(seeds)
   assert 3 <= lengths.count(60) <= 9
   assert [episode['frames'] for episode in episodes] == lengths
@@ -273,83 +250,3 @@ def test_video_shows_the_first_episode_of_a_level(tmp_path):
   )
   assert path.exists()
   assert again['episodes'] == content['episodes']
-
-
-# --- A trained agent in another program -------------------------------------
-
-
-def save_trained_agent(logdir, num_actions=3, frame_shape=(4, 6, 1)):
-  """Saves an agent as a training does; returns the checkpoint."""
-  checkpoint = save_agent(logdir, num_actions, frame_shape)
-  spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
-  game = experiment.Game(None, None, None, None, spec, {})
-  with flagsaver.flagsaver(logdir=str(logdir), torso='shallow'):
-    experiment._save_description(game)
-  return checkpoint
-
-
-def test_player_does_what_the_agent_does(tmp_path):
-  """Step by step, as the whole sequence that the learner would see."""
-  checkpoint = save_trained_agent(tmp_path)
-  random = np.random.default_rng(7)
-  frames = random.integers(0, 256, (6, 4, 6, 1), np.uint8)
-  rewards = random.normal(size=6).astype(np.float32)
-  dones = np.array([False, False, False, True, False, False])
-  texts = ['', 'go on', 'go on', 'stop', '', '']
-  player = experiment.Player(str(tmp_path), seed=3)
-  assert player.frame_shape == (4, 6, 1)
-  outputs = [
-    player.step(*step)
-    for step in zip(frames, rewards, dones, texts, strict=True)
-  ]
-  actions = [output.action for output in outputs]
-  assert set(actions) <= set(player.action_set) == {0, 1, 2}
-  with tf.Graph().as_default():
-    tf.train.get_or_create_global_step()
-    agent = experiment.Agent(3, 'shallow')
-    env_outputs = environments.StepOutput(
-      tf.constant(rewards[:, None]),
-      (),
-      tf.constant(dones[:, None]),
-      (tf.constant(frames[:, None]), tf.constant(np.array(texts)[:, None])),
-    )
-    expected, _ = agent.unroll(
-      tf.constant([0, *actions[:-1]])[:, None],
-      env_outputs,
-      agent.initial_state(1),
-    )
-    with tf.Session() as session:
-      tf.train.Saver().restore(session, checkpoint)
-      expected = session.run(expected)
-  for t, output in enumerate(outputs):
-    np.testing.assert_allclose(
-      output.policy_logits, expected.policy_logits[t, 0], atol=1e-5
-    )
-    np.testing.assert_allclose(
-      output.baseline, expected.baseline[t, 0], atol=1e-5
-    )
-  # Larger frames are resized: of whole blocks, to the same.
-  large = np.kron(frames[0, ..., 0], np.ones((5, 5), np.uint8))
-  resized = experiment.Player(checkpoint).step(large, rewards[0], False)
-  np.testing.assert_allclose(
-    resized.policy_logits, outputs[0].policy_logits, atol=1e-5
-  )
-  with pytest.raises(ValueError, match='must have 1 channels'):
-    player.step(np.zeros((4, 6, 3), np.uint8))
-  for path in (str(tmp_path / 'none'), checkpoint + '0', TESTS):
-    with pytest.raises(experiment.UserError, match='no trained agent'):
-      experiment.Player(path)
-
-
-def test_readmes_program_with_a_trained_agent_runs(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)  # ViZDoom leaves a file where it runs.
-  with open(os.path.join(ROOT, 'README.md')) as file:
-    (program,) = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
-  assert "'/tmp/doom'" in program
-  save_trained_agent(tmp_path, 4, (72, 96, 3))
-  names = {}
-  exec(program.replace('/tmp/doom', str(tmp_path)), names)
-  # It played to the end of an episode: 300 tics, 4 to a step, or the monster
-  # was shot, at -1 for a tic and -5 for a shot that missed.
-  assert names['terminated'] or names['truncated']
-  assert -600 <= names['episode_return'] <= 101

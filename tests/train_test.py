@@ -8,121 +8,25 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-import experiment
 import plot
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TESTS = os.path.join(ROOT, 'tests')
-# Small and fast: frames of 4x6 pixels, episodes of 10 steps.
-TOY = [
-  '--level_name=gym:toy_gym:Grey-v0',
-  '--height=4',
-  '--width=6',
-  '--num_action_repeats=1',
-  '--torso=shallow',
-  '--num_actors=2',
-  '--batch_size=2',
-  '--unroll_length=5',
-]
-
-
-class Program:
-  """A run of experiment.py, whose lines can be waited for."""
-
-  def __init__(self, *flags, root=ROOT, path=TESTS, prefix=()):
-    self.process = subprocess.Popen(
-      [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      stdin=subprocess.DEVNULL,
-      text=True,
-      start_new_session=True,
-      env={**os.environ, 'PYTHONPATH': path},
-    )
-    self.output = ''
-
-  def wait_for(self, pattern):
-    for line in self.process.stdout:
-      self.output += line
-      if re.search(pattern, line):
-        return line
-    raise AssertionError(f'{pattern!r} not in:\n{self.output}')
-
-  def finish(self):
-    """Returns the exit code; `output` has all that was said."""
-    try:
-      self.output += self.process.communicate(timeout=120)[0]
-    except subprocess.TimeoutExpired:
-      self.process.kill()
-      raise
-    return self.process.returncode
-
-
-def run(*flags, **kwargs):
-  program = Program(*flags, **kwargs)
-  return program.finish(), program.output
-
-
-def checkpoint_step(logdir):
-  """Returns the frames of the last checkpoint, by its name; None without."""
-  steps = [
-    int(re.search(r'ckpt-(\d+)', path).group(1))
-    for path in glob.glob(os.path.join(logdir, 'model.ckpt-*.index'))
-  ]
-  return max(steps, default=None)
-
-
-def wait_until(condition):
-  deadline = time.monotonic() + 60
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.1)
-
-
-def descendants(pid):
-  """Returns the ids of the processes below `pid`."""
-  children = {}
-  for entry in filter(str.isdigit, os.listdir('/proc')):
-    try:
-      with open(f'/proc/{entry}/stat') as stat:
-        parent = int(stat.read().rpartition(')')[2].split()[1])
-    except OSError:
-      continue
-    children.setdefault(parent, []).append(int(entry))
-  found, todo = [], [pid]
-  while todo:
-    below = children.get(todo.pop(), [])
-    found += below
-    todo += below
-  return found
-
-
-def alive(pid):
-  try:
-    with open(f'/proc/{pid}/stat') as stat:
-      return stat.read().rpartition(')')[2].split()[0] != 'Z'
-  except OSError:
-    return False
-
-
-def training(logdir, *flags):
-  """Starts a training without end, and returns it once it has checkpoints."""
-  program = Program(
-    *TOY, f'--logdir={logdir}', '--save_checkpoint_secs=1', *flags
-  )
-  wait_until(
-    lambda: (
-      (checkpoint_step(logdir) or 0) > 0 or program.process.poll() is not None
-    )
-  )
-  return program
+from helpers import (
+  ROOT,
+  TESTS,
+  TOY,
+  Program,
+  alive,
+  checkpoint_step,
+  descendants,
+  run,
+  training,
+  wait_until,
+)
+from player import Player
 
 
 def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
@@ -150,7 +54,7 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
   mean, _, _, low, high, _ = row.group(1).replace('-', '0').split()
   mean, low, high = float(mean), float(low), float(high)
   assert 550 <= low <= mean <= high <= 570
-  player = experiment.Player(logdir)
+  player = Player(logdir)
   assert player.frame_shape == (4, 6, 1)
   assert player.step(np.zeros((4, 6), np.uint8)).action in (0, 1, 2)
 

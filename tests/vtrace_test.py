@@ -1,3 +1,4 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of V-trace against the paper's sums, evaluated in float64."""
 
 import numpy as np

@@ -1,0 +1,220 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Actors: their threads, their environment processes, restarts and seeds.
+
+In: the graph of an actor and what is played. Out: unrolls, by running the graph
+in a thread for each actor, and statistics. Training calls what plays `Actors`;
+on one machine these are `ActorLoops`.
+"""
+
+import collections
+import functools
+import threading
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+from absl import logging
+
+import py_process
+from errors import describe_exit
+
+# Totals: restarts of environment processes, and see `BatchingStatistics`.
+ActorStatistics = collections.namedtuple(
+  'ActorStatistics', 'restarts batches requests wait_seconds'
+)
+
+
+class Actors(tf.train.SessionRunHook):
+  """What a training needs of its actors, wherever they are.
+
+  A hook of the training's session, which has these attributes from then on:
+
+    session: the `tf.Session`, without hooks.
+    coord: its `tf.train.Coordinator`.
+    processes: sequence of the `PyProcess` of this program.
+  """
+
+  session = None
+  coord = None
+  processes = ()
+
+  def statistics(self):
+    """Returns the `ActorStatistics` since the start, of all actors together."""
+    raise NotImplementedError
+
+  def membership(self):
+    """Returns a dict of metrics on who takes part, and lines for people."""
+    return {}, []
+
+  def membership_changes(self):
+    """Returns lines on who came and went since the last call."""
+    return []
+
+  def close(self, error=None):
+    """Ends the actors; `error` is the learner's, if there was one."""
+    raise NotImplementedError
+
+
+class ActorLoops(Actors):
+  """Runs the actors, a thread and an environment process each.
+
+  All threads run the one graph of an actor, and differ in what they feed.
+  """
+
+  def __init__(
+    self, actor, index, processes, fetches, on_unroll, max_restarts, seed_of
+  ):
+    """Prepares the loops; the session's start starts them.
+
+    Args:
+      actor: `ActorGraph`.
+      index: int placeholder, which actor runs.
+      processes: list of `PyProcess`, one per actor.
+      fetches: nest of tensors and ops to run with each unroll.
+      on_unroll: function of the actor's index and the values of `fetches`,
+        called after each unroll; says whether the actor goes on.
+      max_restarts: int, how often the process of an actor may be restarted.
+      seed_of: function of an actor's index and the number of its restarts, that
+        returns the seed of its environment.
+    """
+    self._actor = actor
+    self._index = index
+    self.processes = processes
+    self._fetches = fetches
+    self._on_unroll = on_unroll
+    self._max_restarts = max_restarts
+    self._seed_of = seed_of
+    self._restarts = [0] * len(processes)
+
+  def statistics(self):
+    return ActorStatistics(
+      sum(self._restarts), *self.session.run(self._actor.inference_statistics)
+    )
+
+  def close(self, error=None):
+    del error  # However the training ends.
+    py_process.close_all(self.processes)
+
+  def begin(self):
+    py_process.start_all(self.processes)
+
+  def after_create_session(self, session, coord):
+    self.session, self.coord = session, coord
+    start = make_start(session, self._actor, self._index)
+    unroll = make_unroll(session, self._actor, self._index, self._fetches)
+    start_threads(
+      coord,
+      [
+        functools.partial(self._run, actor, start, unroll)
+        for actor in range(len(self.processes))
+      ],
+    )
+
+  def _run(self, actor, start, unroll):
+    state = None
+    while not self.coord.should_stop():
+      try:
+        state = state or start(actor)
+        values, state = unroll(actor, *state)
+      except tf.errors.OpError as error:
+        if self.coord.should_stop():
+          return
+        self._recover(actor, error)
+        # The rest of the episode is lost; the next one begins.
+        state = None
+      else:
+        if not self._on_unroll(actor, values):
+          return
+
+  def _recover(self, actor, error):
+    """Restarts the actor's process if it died, else raises the error."""
+    process = self.processes[actor]
+    exit_code = process.exit_code(timeout=1.0)
+    if exit_code is None:
+      raise error
+    if self._restarts[actor] >= self._max_restarts:
+      raise py_process.ProcessError(
+        f'The environment process of actor {actor} died again, with '
+        f'{describe_exit(exit_code)}, after {self._restarts[actor]} restarts '
+        '(--max_environment_restarts).'
+      )
+    self._restarts[actor] += 1
+    logging.warning(
+      'The environment process of actor %d died with %s: restart %d of at '
+      'most %d.',
+      actor,
+      describe_exit(exit_code),
+      self._restarts[actor],
+      self._max_restarts,
+    )
+    # With the old seed, it would play the same episodes again.
+    process.restart(seed=self._seed_of(actor, self._restarts[actor]))
+
+
+def start_threads(coord, functions):
+  """Runs functions in a thread each; an exception in one stops them all.
+
+  Args:
+    coord: `tf.train.Coordinator`, which raises the exception when it is joined.
+    functions: list of functions without arguments.
+
+  Returns:
+    List of the threads.
+  """
+
+  def run(function):
+    with coord.stop_on_exception():
+      function()
+
+  threads = [
+    threading.Thread(target=run, args=(function,), daemon=True)
+    for function in functions
+  ]
+  for thread in threads:
+    coord.register_thread(thread)
+    thread.start()
+  return threads
+
+
+def make_start(session, actor, index):
+  """Returns a function of an actor's index that starts its environment.
+
+  It returns the flat state to begin with.
+  """
+  return session.make_callable(tf.nest.flatten(actor.initial_state), [index])
+
+
+def make_unroll(session, actor, index, fetches):
+  """Returns a function of an actor's index and flat state that plays an unroll.
+
+  It returns the values of `fetches` and the next flat state.
+  """
+  return session.make_callable(
+    [fetches, tf.nest.flatten(actor.next_state)],
+    [index, *tf.nest.flatten(actor.state)],
+  )
+
+
+def create_processes(game, count, seed_of, first=0):
+  """Returns some `PyProcess`, not started; levels are assigned round-robin.
+
+  Args:
+    game: `Game`.
+    count: int, how many.
+    seed_of: function from a process's index to its environment's seed.
+    first: int, number of the first environment among those of all tasks.
+  """
+  return [
+    game.family.create(
+      game.levels[(first + index) % len(game.levels)],
+      seed_of(index),
+      game.settings,
+      game.spec,
+    )
+    for index in range(count)
+  ]
+
+
+def draw_seeds(count, *numbers):
+  """Returns a list of seeds, int32, that depend on all `numbers`."""
+  sequence = np.random.SeedSequence(numbers)
+  return [int(seed >> 1) for seed in sequence.generate_state(count)]

@@ -1,0 +1,321 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The agent: the paper's network, deep or shallow.
+
+In: what an environment shows (a frame, an instruction, the last reward), the
+last action, and the state of the LSTM. Out: an `AgentOutput`, which is an
+action, the policy's logits and the baseline, and the next state. It knows
+neither flags nor training.
+"""
+
+import collections
+
+import sonnet as snt
+import tensorflow.compat.v1 as tf
+
+import convolution
+import private_apis
+
+# Sonnet asks once whether TensorFlow 2 is on, and would take a graph for a no.
+# After a first module outside of any graph it builds modules anywhere.
+snt.Module()
+
+AgentOutput = collections.namedtuple(
+  'AgentOutput', 'action policy_logits baseline'
+)
+
+
+class Agent(snt.Module):
+  """The paper's network (section 5.1 and figure 3), deep or shallow.
+
+  Its input is the environment's output and the action that led to it. The core
+  is an LSTM; its state is reset where an episode begins.
+  """
+
+  def __init__(
+    self, num_actions, torso='deep', precision='float32', name='agent'
+  ):
+    """Makes the modules.
+
+    Args:
+      num_actions: int, number of actions to choose from.
+      torso: 'deep' or 'shallow'.
+      precision: of what convolutions multiply, 'float32' or 'bfloat16'. Those
+        of TensorFlow need a session that rewrites them.
+      name: name of the module.
+    """
+    super().__init__(name)
+    self.num_actions = num_actions
+    self._frame_encoder = {
+      'deep': lambda: _DeepEncoder(precision),
+      'shallow': _ShallowEncoder,
+    }[torso]()
+    self._instruction_encoder = _InstructionEncoder()
+    # Twice the usual variance for the weights of the inputs. With the usual
+    # one, the gates depend mostly on the memory, and the agent learns to use
+    # what it sees only after many frames.
+    self._core = snt.LSTM(
+      256, w_i_init=snt.initializers.VarianceScaling(4.0), name='core'
+    )
+    self._policy = snt.Linear(num_actions, name='policy_logits')
+    self._baseline = snt.Linear(1, name='baseline')
+
+  def initial_state(self, batch_size):
+    """Returns the LSTM's state [batch_size, ...] before the first step."""
+    return self._core.initial_state(batch_size)
+
+  def __call__(self, input_, core_state):
+    """Chooses actions for one step.
+
+    Args:
+      input_: pair of the last action, int32 [B], and a `StepOutput` of
+        [B, ...].
+      core_state: state of the LSTM before the step, [B, ...].
+
+    Returns:
+      `AgentOutput` of int32 [B], float32 [B, num_actions] and float32 [B], and
+      the next state.
+    """
+    last_action, env_output = input_
+    features = self._torso(last_action, env_output)
+    core_output, core_state = self._core(
+      features, _reset(self._core, core_state, env_output.done)
+    )
+    return self._head(core_output), core_state
+
+  def unroll(self, actions, env_outputs, core_state):
+    """Runs the agent over a sequence.
+
+    Args:
+      actions: the actions that led to `env_outputs`, int32 [T, B].
+      env_outputs: `StepOutput` of [T, B, ...].
+      core_state: state of the LSTM before the first step, [B, ...].
+
+    Returns:
+      `AgentOutput` of [T, B, ...], and the last state.
+    """
+    # All but the LSTM computes all steps at once.
+    last_action, env_output = tf.nest.map_structure(
+      lambda t: snt.merge_leading_dims(t, 2), (actions, env_outputs)
+    )
+    features = self._torso(last_action, env_output)
+    hidden, cell = _unroll_lstm(
+      self._core,
+      snt.split_leading_dim(features, actions, 2),
+      env_outputs.done,
+      core_state,
+    )
+    # The output of an LSTM is the hidden part of its state.
+    outputs = self._head(snt.merge_leading_dims(hidden, 2))
+    return (
+      tf.nest.map_structure(
+        lambda t: snt.split_leading_dim(t, actions, 2), outputs
+      ),
+      snt.LSTMState(hidden[-1], cell[-1]),
+    )
+
+  def _torso(self, last_action, env_output):
+    """Returns the core's input, float32 [N, features]."""
+    frame, instruction = env_output.observation
+    return tf.concat(
+      [
+        self._frame_encoder(frame),
+        tf.clip_by_value(env_output.reward, -1, 1)[:, tf.newaxis],
+        tf.one_hot(last_action, self.num_actions),
+        self._instruction_encoder(instruction),
+      ],
+      axis=1,
+    )
+
+  def _head(self, core_output):
+    """Returns the `AgentOutput` for the core's output, [N, features]."""
+    policy_logits = self._policy(core_output)
+    action = tf.random.categorical(policy_logits, 1, dtype=tf.int32)
+    return AgentOutput(
+      # If logits are not finite, TensorFlow draws an action beyond the last.
+      # The learner reports such logits, an environment could only crash.
+      action=tf.minimum(tf.squeeze(action, 1), self.num_actions - 1),
+      policy_logits=policy_logits,
+      baseline=tf.squeeze(self._baseline(core_output), 1),
+    )
+
+
+# Keeps the scale of the signal, as a ReLU sets half of it to zero (arXiv
+# 1502.01852). With Sonnet's default, it shrinks from layer to layer.
+_RELU_INIT = snt.initializers.VarianceScaling(2.0)
+
+
+class _Convolution(snt.Conv2D):
+  """The variables of a convolution of 3x3 pixels."""
+
+  def __init__(self, channels):
+    super().__init__(channels, 3, name='conv2_d')
+
+  def __call__(self, in_channels):
+    """Returns weights [3, 3, in_channels, channels] and biases [channels]."""
+    private_apis.make_convolution_variables(self, in_channels)
+    return self.w, self.b
+
+
+class _DeepEncoder(snt.Module):
+  """Three sections of a convolution, a pool and two residual blocks."""
+
+  def __init__(self, precision):
+    super().__init__('deep')
+    self._precision = precision
+    self._sections = [
+      [_Convolution(channels) for _ in range(5)] for channels in (16, 32, 32)
+    ]
+    self._linear = snt.Linear(256, w_init=_RELU_INIT)
+
+  def __call__(self, frame):
+    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
+    for layers in self._sections:
+      channels = [frame.shape[-1], *[layers[0].output_channels] * 4]
+      weights, biases = zip(
+        *(layer(n) for layer, n in zip(layers, channels, strict=True)),
+        strict=True,
+      )
+      frame = convolution.section(frame, weights, biases, self._precision)
+    return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(frame))))
+
+
+class _ShallowEncoder(snt.Module):
+  """Two convolutions."""
+
+  def __init__(self):
+    super().__init__('shallow')
+    self._network = snt.Sequential(
+      [
+        snt.Conv2D(16, 8, stride=4, w_init=_RELU_INIT),
+        tf.nn.relu,
+        snt.Conv2D(32, 4, stride=2, w_init=_RELU_INIT),
+        tf.nn.relu,
+        snt.Flatten(),
+        snt.Linear(256, w_init=_RELU_INIT),
+        tf.nn.relu,
+      ]
+    )
+
+  def __call__(self, frame):
+    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
+    return self._network(tf.cast(frame, tf.float32) / 255)
+
+
+class _InstructionEncoder(snt.Module):
+  """An LSTM over the hashed words of the instruction."""
+
+  _NUM_BUCKETS = 1000
+
+  def __init__(self):
+    super().__init__('instruction')
+    self._embedding = snt.Embed(self._NUM_BUCKETS, 20)
+    self._lstm = snt.LSTM(64)
+
+  def __call__(self, instruction):
+    """Maps strings [N] to float32 [N, 64], the LSTM's output at the last word.
+
+    That of an empty instruction is zero.
+    """
+    # Makes the variables: a branch of `tf.cond` can't.
+    state = self._lstm.initial_state(1)
+    self._lstm(tf.zeros([1, self._embedding.embed_dim]), state)
+    # Most environments give no instruction, and the encoder is half of the
+    # operations of an inference.
+    return tf.cond(
+      tf.reduce_any(tf.not_equal(instruction, '')),
+      lambda: self._encode(instruction),
+      lambda: self._encode_none(tf.shape(instruction)[0], state),
+    )
+
+  def _encode_none(self, batch_size, state):
+    """Returns zeros, float32 [batch_size, 64]."""
+    # No row is looked up. Without the embedding in it, this branch's gradient
+    # would be zeros for all rows, which RMSProp takes for an update of each.
+    nothing = tf.reduce_sum(self._embedding(tf.zeros([0], tf.int64)))
+    return tf.zeros([batch_size, *state.hidden.shape[1:]]) + nothing
+
+  def _encode(self, instruction):
+    """As `__call__`, word by word."""
+    words = tf.strings.split(instruction, result_type='RaggedTensor')
+    lengths = tf.cast(words.row_lengths(), tf.int32)
+    # Words come last, after padding; the loop needs a step at least.
+    padded = tf.reverse_sequence(words.to_tensor(''), lengths, seq_axis=1)
+    padded = tf.reverse(
+      tf.pad(padded, [[0, 0], [0, 1]], constant_values=''), axis=[1]
+    )
+    buckets = tf.strings.to_hash_bucket_fast(padded, self._NUM_BUCKETS)
+    num_steps = tf.shape(padded)[1]
+    hidden, _ = _unroll_lstm(
+      self._lstm,
+      tf.transpose(self._embedding(buckets), [1, 0, 2]),
+      # The first word begins.
+      tf.range(num_steps)[:, tf.newaxis] <= num_steps - lengths,
+      self._lstm.initial_state(tf.shape(instruction)[0]),
+    )
+    return tf.where(lengths > 0, hidden[-1], tf.zeros_like(hidden[-1]))
+
+
+def _reset(lstm, state, done):
+  """Returns an LSTM's state [B, ...], a fresh one where `done`, bool [B]."""
+  fresh = lstm.initial_state(tf.shape(done)[0])
+  return tf.nest.map_structure(
+    lambda new, old: tf.where(done, new, old), fresh, state
+  )
+
+
+def _unroll_lstm(lstm, inputs, done, state):
+  """Runs an LSTM over a sequence, resetting it where another one begins.
+
+  The results are those of calling the LSTM step by step. But only what depends
+  on the step before is computed step by step: the products with the inputs, and
+  the gradient of the recurrent weights, are computed for all steps at once.
+
+  Args:
+    lstm: `snt.LSTM`.
+    inputs: float32 [T, B, features], T > 0.
+    done: bool [T, B], whether a sequence begins.
+    state: state before the first step, [B, ...].
+
+  Returns:
+    Hidden part and cells of the state after each step, float32 [T, B, units].
+  """
+  # The first call makes the variables: a loop can't.
+  lstm(inputs[0], state)
+  gates = tf.tensordot(inputs, lstm.input_to_hidden, 1) + lstm.b
+  # The static shape of a loop's state must not change.
+  batch_size = state.hidden.shape[0]
+  gates.set_shape([None, batch_size, None])
+  done.set_shape([None, batch_size])
+
+  @tf.custom_gradient
+  def recur(gates, hidden, cell, weights):
+    constant_weights = tf.stop_gradient(weights)
+
+    def step(state, inputs):
+      gates, done = inputs
+      hidden, cell = _reset(lstm, state, done)
+      gates += tf.matmul(hidden, constant_weights)
+      i, f, g, o = tf.split(gates, 4, axis=1)
+      cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(g)
+      return snt.LSTMState(tf.sigmoid(o) * tf.tanh(cell), cell)
+
+    states = tf.scan(step, (gates, done), snt.LSTMState(hidden, cell))
+
+    def gradient(hidden_gradient, cell_gradient):
+      gates_gradient, *initial_gradients = tf.gradients(
+        [states.hidden, states.cell],
+        [gates, hidden, cell],
+        [hidden_gradient, cell_gradient],
+      )
+      before = tf.concat([hidden[tf.newaxis], states.hidden[:-1]], axis=0)
+      before = tf.where(
+        tf.broadcast_to(done[..., tf.newaxis], tf.shape(before)),
+        tf.zeros_like(before),
+        before,
+      )
+      weights_gradient = tf.tensordot(before, gates_gradient, [[0, 1]] * 2)
+      return gates_gradient, *initial_gradients, weights_gradient
+
+    return (states.hidden, states.cell), gradient
+
+  return recur(gates, *state, lstm.hidden_to_hidden)

@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Metrics of a training.
+
+In: the values of the learner's updates, statistics of the actors, results of
+tests. Out: summaries for TensorBoard, and the same as lines for people.
+"""
+
+import collections
+import json
+import threading
+import time
+
+import numpy as np
+import six
+import tensorflow.compat.v1 as tf
+
+import levels
+
+_EPISODES = 100  # Episodes per level in the averages of the reports.
+
+
+class Metrics:
+  """Collects what the learner and the actors do, and reports it."""
+
+  def __init__(
+    self,
+    logdir,
+    level_name,
+    level_names,
+    actors,
+    frames_per_update,
+    num_action_repeats,
+  ):
+    """Prepares for a training.
+
+    Args:
+      logdir: folder of the summaries.
+      level_name: string, the level or suite that is played.
+      level_names: list of the levels in it.
+      actors: `actors.Actors`.
+      frames_per_update: int, environment frames of a batch.
+      num_action_repeats: int, environment frames per agent step.
+    """
+    self._writer = tf.summary.FileWriterCache.get(logdir)
+    self._level_name = level_name
+    self._num_levels = len(level_names)
+    self._aggregates = levels.aggregates(level_name)
+    self._actors = actors
+    self._frames_per_update = frames_per_update
+    self._num_action_repeats = num_action_repeats
+    self._lock = threading.Lock()
+    self._episodes = {
+      level: collections.deque(maxlen=_EPISODES) for level in level_names
+    }
+    # Since the last time that all levels had one, for the suite's score.
+    self._returns = collections.defaultdict(list)
+    self._last_inference = np.zeros(3)
+    self._begin_period()
+    self.global_step = None
+
+  def add(self, update):
+    """Takes the values of an `Update`."""
+    with self._lock:
+      self._updates.append(update)
+      self.global_step = int(update.learner.global_step)
+      # One row per unroll.
+      for name, done, returns, steps in zip(
+        update.level_name,
+        update.done.T,
+        update.info.episode_return.T,
+        update.info.episode_step.T,
+        strict=True,
+      ):
+        for i in np.flatnonzero(done):
+          self._add_episode(six.ensure_str(name), returns[i], steps[i])
+
+  def latest_return(self):
+    """Returns the mean return of the last episodes, None before the first."""
+    with self._lock:
+      returns = [r for episodes in self._episodes.values() for r, _ in episodes]
+    return np.mean(returns) if returns else None
+
+  def report(self):
+    """Writes the metrics of the period that ends now.
+
+    Returns:
+      The same for people, a list of lines.
+    """
+    restarts, *inference = self._actors.statistics()
+    inference = np.array(inference)
+    membership, membership_lines = self._actors.membership()
+    with self._lock:
+      updates, seconds = self._updates, time.monotonic() - self._begin
+      self._begin_period()
+      played = {
+        level: (len(episodes), *np.mean(episodes, axis=0))
+        for level, episodes in self._episodes.items()
+        if episodes
+      }
+    batches, requests, waited = inference - self._last_inference
+    self._last_inference = inference
+    if not updates:
+      self._write(membership)
+      return ['No update of the learner in this period.', *membership_lines]
+    frames = len(updates) * self._frames_per_update
+    values = {
+      'environment_frames_per_second': frames / seconds,
+      'agent_steps_per_second': frames / self._num_action_repeats / seconds,
+      'learner_updates_per_second': len(updates) / seconds,
+      'learner_wait_share': sum(u.wait_seconds for u in updates) / seconds,
+      'queue_size': np.mean([u.queue_size for u in updates]),
+      'policy_lag_updates': np.mean([u.policy_lag for u in updates]),
+      'inference_batch_size': requests / max(batches, 1),
+      'inference_wait_seconds': waited / max(requests, 1),
+      'environment_restarts': restarts,
+      **membership,
+    }
+    for level, (_, mean_return, mean_steps) in played.items():
+      values[f'{level}/mean_return'] = mean_return
+      values[f'{level}/mean_frames'] = mean_steps * self._num_action_repeats
+    self._write(values)
+    return [
+      *self._lines(values, played, updates[-1].learner),
+      *membership_lines,
+    ]
+
+  def _begin_period(self):
+    self._begin = time.monotonic()
+    self._updates = []
+
+  def _add_episode(self, level, episode_return, steps):
+    self._episodes[level].append((episode_return, steps))
+    self._returns[level].append(episode_return)
+    values = {
+      f'{level}/episode_return': episode_return,
+      f'{level}/episode_frames': steps * self._num_action_repeats,
+    }
+    if self._aggregates and len(self._returns) == self._num_levels:
+      for name, aggregate in self._aggregates.items():
+        values[f'{self._level_name}/training_{name}'] = aggregate(self._returns)
+      self._returns.clear()
+    self._write(values)
+
+  def add_test(self, path):
+    """Writes what a test found.
+
+    Args:
+      path: of the JSON file of its `evaluation.Results`.
+
+    Returns:
+      The same for people, a line.
+
+    Raises:
+      ValueError: the test isn't complete.
+    """
+    with open(path) as file:
+      content = json.load(file)
+    for row in content['levels']:
+      # Those that ended first are not a sample of all.
+      if not row['missing'] and row['episodes'] < content['num_episodes']:
+        raise ValueError(f'{path} is not complete.')
+    suite = self._level_name
+    scores = {f'{suite}/{name}': s for name, s in content['scores'].items()}
+    levels = {
+      f'{row["level"]}/{tag}': row[name]
+      for row in content['levels']
+      for name, tag in (
+        ('mean', 'mean_return'),
+        ('human_normalized', 'human_normalized'),
+      )
+      if row[name] is not None
+    }
+    values = {f'test/{n}': value for n, value in {**scores, **levels}.items()}
+    frames = content['settings']['frames']
+    self._write(values, frames)
+    # A suite has too many levels for a line.
+    lines = [f'{n} {value:.2f}' for n, value in (scores or levels).items()]
+    return f'test after {frames:,} frames: {", ".join(lines)}'
+
+  def _write(self, values, step=None):
+    self._writer.add_summary(
+      tf.Summary(
+        value=[
+          tf.Summary.Value(tag=tag, simple_value=value)
+          for tag, value in values.items()
+        ]
+      ),
+      self.global_step if step is None else step,
+    )
+
+  def _lines(self, values, played, learner):
+    value = values.__getitem__
+    lines = [
+      f'{level}: return {mean_return:.2f}, '
+      f'{value(f"{level}/mean_frames"):.0f} frames (mean of the last {count} '
+      'episodes)'
+      for level, (count, mean_return, _) in played.items()
+    ]
+    return [
+      *(lines or ['No episode ended yet.']),
+      f'actors: {value("environment_frames_per_second"):.0f} environment '
+      f'frames/s, {value("agent_steps_per_second"):.0f} agent steps/s, '
+      f'inference batch {value("inference_batch_size"):.1f} after '
+      f'{1000 * value("inference_wait_seconds"):.1f} ms, '
+      f'{value("environment_restarts"):.0f} environment restarts',
+      f'learner: {value("learner_updates_per_second"):.2f} updates/s, waits '
+      f'for data {value("learner_wait_share"):.0%} of the time, queue '
+      f'{value("queue_size"):.1f} of 1 unroll, policy lag '
+      f'{value("policy_lag_updates"):.1f} updates',
+      f'losses: total {learner.total_loss:.3g}, policy gradient '
+      f'{learner.policy_gradient_loss:.3g}, baseline '
+      f'{learner.baseline_loss:.3g}, entropy {learner.entropy:.3f}, '
+      f'gradient norm {learner.gradient_norm:.3g}, learning rate '
+      f'{learner.learning_rate:.3g}',
+    ]

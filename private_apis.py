@@ -1,0 +1,39 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Interfaces of TensorFlow and Sonnet that are used, but are not public.
+
+An upgrade may remove them. So each is used in one function here, with a test in
+`tests/private_apis_test.py` that fails by its name. In and out: objects of
+these libraries.
+"""
+
+import tensorflow.compat.v1 as tf
+
+
+def make_convolution_variables(convolution, in_channels):
+  """Makes the variables of an `snt.Conv2D` without calling it.
+
+  Uses `snt.Conv2D._initialize`.
+  """
+  convolution._initialize(tf.TensorSpec([None, None, None, in_channels]))
+
+
+def replace_control_inputs(op, control_inputs):
+  """Replaces the control inputs of a `tf.Operation`.
+
+  Uses `tf.Operation._remove_all_control_inputs` and `_add_control_inputs`.
+  """
+  op._remove_all_control_inputs()
+  op._add_control_inputs(control_inputs)
+
+
+def wrap_session_run(session, wrap):
+  """Has every run of a `tf.Session` go through a function.
+
+  Uses `tf.Session._call_tf_sessionrun`.
+
+  Args:
+    session: `tf.Session`.
+    wrap: function of the method that runs, and of its arguments.
+  """
+  run = session._call_tf_sessionrun
+  session._call_tf_sessionrun = lambda *args: wrap(run, *args)

@@ -1,0 +1,173 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What the tests share: runs of the program, dummy inputs, saved agents."""
+
+import glob
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+import environments
+from agent import Agent
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TESTS = os.path.join(ROOT, 'tests')
+# Small and fast: frames of 4x6 pixels, episodes of 10 steps.
+TOY = [
+  '--level_name=gym:toy_gym:Grey-v0',
+  '--height=4',
+  '--width=6',
+  '--num_action_repeats=1',
+  '--torso=shallow',
+  '--num_actors=2',
+  '--batch_size=2',
+  '--unroll_length=5',
+]
+
+
+class Program:
+  """A run of experiment.py, whose lines can be waited for."""
+
+  def __init__(self, *flags, root=ROOT, path=TESTS, prefix=()):
+    self.process = subprocess.Popen(
+      [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      stdin=subprocess.DEVNULL,
+      text=True,
+      start_new_session=True,
+      env={**os.environ, 'PYTHONPATH': path},
+    )
+    self.output = ''
+
+  def wait_for(self, pattern):
+    for line in self.process.stdout:
+      self.output += line
+      if re.search(pattern, line):
+        return line
+    raise AssertionError(f'{pattern!r} not in:\n{self.output}')
+
+  def finish(self):
+    """Returns the exit code; `output` has all that was said."""
+    try:
+      self.output += self.process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      raise
+    return self.process.returncode
+
+
+def run(*flags, **kwargs):
+  program = Program(*flags, **kwargs)
+  return program.finish(), program.output
+
+
+def checkpoint_step(logdir):
+  """Returns the frames of the last checkpoint, by its name; None without."""
+  steps = [
+    int(re.search(r'ckpt-(\d+)', path).group(1))
+    for path in glob.glob(os.path.join(logdir, 'model.ckpt-*.index'))
+  ]
+  return max(steps, default=None)
+
+
+def wait_until(condition):
+  deadline = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+def descendants(pid):
+  """Returns the ids of the processes below `pid`."""
+  children = {}
+  for entry in filter(str.isdigit, os.listdir('/proc')):
+    try:
+      with open(f'/proc/{entry}/stat') as stat:
+        parent = int(stat.read().rpartition(')')[2].split()[1])
+    except OSError:
+      continue
+    children.setdefault(parent, []).append(int(entry))
+  found, todo = [], [pid]
+  while todo:
+    below = children.get(todo.pop(), [])
+    found += below
+    todo += below
+  return found
+
+
+def alive(pid):
+  try:
+    with open(f'/proc/{pid}/stat') as stat:
+      return stat.read().rpartition(')')[2].split()[0] != 'Z'
+  except OSError:
+    return False
+
+
+def training(logdir, *flags):
+  """Starts a training without end, and returns it once it has checkpoints."""
+  program = Program(
+    *TOY, f'--logdir={logdir}', '--save_checkpoint_secs=1', *flags
+  )
+  wait_until(
+    lambda: (
+      (checkpoint_step(logdir) or 0) > 0 or program.process.poll() is not None
+    )
+  )
+  return program
+
+
+# --- Graphs -----------------------------------------------------------------
+
+NUM_ACTIONS = 3
+FRAME = (12, 16, 3)
+
+
+def env_outputs(random, shape, instructions=('',)):
+  """Returns a `StepOutput` of random NumPy values with leading dimensions."""
+  return environments.StepOutput(
+    reward=random.normal(size=shape).astype(np.float32) * 2,
+    info=environments.StepOutputInfo(
+      np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    ),
+    done=random.random(shape) < 0.3,
+    observation=(
+      random.integers(0, 256, (*shape, *FRAME), np.uint8),
+      random.choice(np.array(instructions, object), shape),
+    ),
+  )
+
+
+def constants(nest):
+  return tf.nest.map_structure(tf.constant, nest)
+
+
+def run_graph(fetches, feed_dict=None):
+  with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    return session.run(fetches, feed_dict)
+
+
+def save_agent(logdir, num_actions=3, frame_shape=(4, 6, 1), step=40):
+  """Saves a shallow agent with random weights; returns the checkpoint."""
+  with tf.Graph().as_default():
+    tf.set_random_seed(5)
+    global_step = tf.train.get_or_create_global_step()
+    agent = Agent(num_actions, 'shallow')
+    inputs = environments.StepOutput(
+      tf.zeros([1]),
+      (),
+      tf.zeros([1], tf.bool),
+      (tf.zeros([1, *frame_shape], tf.uint8), tf.constant([''])),
+    )
+    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      session.run(global_step.assign(step))
+      return tf.train.Saver().save(
+        session, os.path.join(logdir, 'model.ckpt'), global_step
+      )
