@@ -28,11 +28,19 @@ class Agent(snt.Module):
   """The paper's network (section 5.1 and figure 3), deep or shallow.
 
   Its input is the environment's output and the action that led to it. The core
-  is an LSTM; its state is reset where an episode begins.
+  is an LSTM; its state is reset where an episode begins. Without a core, it is
+  the feed-forward network of the paper's Atari agents (appendix G), which sees
+  the frame alone, and whose state is empty.
   """
 
   def __init__(
-    self, num_actions, torso='deep', precision='float32', name='agent'
+    self,
+    num_actions,
+    torso='deep',
+    precision='float32',
+    core='lstm',
+    normalize_frames=False,
+    name='agent',
   ):
     """Makes the modules.
 
@@ -41,27 +49,47 @@ class Agent(snt.Module):
       torso: 'deep' or 'shallow'.
       precision: of what convolutions multiply, 'float32' or 'bfloat16'. Those
         of TensorFlow need a session that rewrites them.
+      core: 'lstm' or 'none'.
+      normalize_frames: whether each pixel is shifted and scaled by its mean and
+        deviation, see `FrameStatistics`; else frames are divided by 255.
       name: name of the module.
     """
     super().__init__(name)
     self.num_actions = num_actions
+    self._frame_statistics = FrameStatistics() if normalize_frames else None
     self._frame_encoder = {
       'deep': lambda: _DeepEncoder(precision),
       'shallow': _ShallowEncoder,
     }[torso]()
-    self._instruction_encoder = _InstructionEncoder()
-    # Twice the usual variance for the weights of the inputs. With the usual
-    # one, the gates depend mostly on the memory, and the agent learns to use
-    # what it sees only after many frames.
-    self._core = snt.LSTM(
-      256, w_i_init=snt.initializers.VarianceScaling(4.0), name='core'
-    )
+    self._core = None
+    if core == 'lstm':
+      self._instruction_encoder = _InstructionEncoder()
+      # Twice the usual variance for the weights of the inputs. With the usual
+      # one, the gates depend mostly on the memory, and the agent learns to use
+      # what it sees only after many frames.
+      self._core = snt.LSTM(
+        256, w_i_init=snt.initializers.VarianceScaling(4.0), name='core'
+      )
     self._policy = snt.Linear(num_actions, name='policy_logits')
     self._baseline = snt.Linear(1, name='baseline')
 
   def initial_state(self, batch_size):
-    """Returns the LSTM's state [batch_size, ...] before the first step."""
-    return self._core.initial_state(batch_size)
+    """Returns the core's state [batch_size, ...] before the first step."""
+    return () if self._core is None else self._core.initial_state(batch_size)
+
+  def observe(self, env_outputs):
+    """Builds the update of the statistics of frames.
+
+    Args:
+      env_outputs: `StepOutput` of [T, B, ...].
+
+    Returns:
+      An operation, to be run after the agent has learned from the same frames.
+    """
+    if self._frame_statistics is None:
+      return tf.no_op()
+    frames, _ = env_outputs.observation
+    return self._frame_statistics.update(frames)
 
   def __call__(self, input_, core_state):
     """Chooses actions for one step.
@@ -77,6 +105,8 @@ class Agent(snt.Module):
     """
     last_action, env_output = input_
     features = self._torso(last_action, env_output)
+    if self._core is None:
+      return self._head(features), core_state
     core_output, core_state = self._core(
       features, _reset(self._core, core_state, env_output.done)
     )
@@ -98,27 +128,32 @@ class Agent(snt.Module):
       lambda t: snt.merge_leading_dims(t, 2), (actions, env_outputs)
     )
     features = self._torso(last_action, env_output)
-    hidden, cell = _unroll_lstm(
-      self._core,
-      snt.split_leading_dim(features, actions, 2),
-      env_outputs.done,
-      core_state,
+    if self._core is not None:
+      hidden, cell = _unroll_lstm(
+        self._core,
+        snt.split_leading_dim(features, actions, 2),
+        env_outputs.done,
+        core_state,
+      )
+      # The output of an LSTM is the hidden part of its state.
+      features = snt.merge_leading_dims(hidden, 2)
+      core_state = snt.LSTMState(hidden[-1], cell[-1])
+    outputs = tf.nest.map_structure(
+      lambda t: snt.split_leading_dim(t, actions, 2), self._head(features)
     )
-    # The output of an LSTM is the hidden part of its state.
-    outputs = self._head(snt.merge_leading_dims(hidden, 2))
-    return (
-      tf.nest.map_structure(
-        lambda t: snt.split_leading_dim(t, actions, 2), outputs
-      ),
-      snt.LSTMState(hidden[-1], cell[-1]),
-    )
+    return outputs, core_state
 
   def _torso(self, last_action, env_output):
     """Returns the core's input, float32 [N, features]."""
     frame, instruction = env_output.observation
+    if self._frame_statistics is not None:
+      frame = self._frame_statistics(frame)
+    features = self._frame_encoder(frame)
+    if self._core is None:
+      return features
     return tf.concat(
       [
-        self._frame_encoder(frame),
+        features,
         tf.clip_by_value(env_output.reward, -1, 1)[:, tf.newaxis],
         tf.one_hot(last_action, self.num_actions),
         self._instruction_encoder(instruction),
@@ -142,6 +177,80 @@ class Agent(snt.Module):
 # Keeps the scale of the signal, as a ReLU sets half of it to zero (arXiv
 # 1502.01852). With Sonnet's default, it shrinks from layer to layer.
 _RELU_INIT = snt.initializers.VarianceScaling(2.0)
+
+
+class FrameStatistics(snt.Module):
+  """Mean and deviation of each pixel of the frames that were learned from.
+
+  Frames of most environments look much alike: what matters in them is small,
+  next to what never changes. Pixels of mean 0 and deviation 1 show the former.
+  """
+
+  # Neighbours in an unroll differ little, so these many steps lie between two
+  # frames that count.
+  _STRIDE = 5
+  # The last so many of them count, as an agent that learns sees other frames.
+  _MAX_COUNT = 100_000
+  # Of pixels that (nearly) never change; else noise would become large.
+  _MIN_DEVIATION = 5.0
+  _LIMIT = 5.0  # Of the results.
+
+  def __init__(self):
+    super().__init__('frame_statistics')
+
+  @snt.once
+  def _make_variables(self, shape):
+    def variable(name, value, shape):
+      return tf.Variable(
+        tf.fill(shape, value), trainable=False, name=name, dtype=tf.float32
+      )
+
+    self._count = variable('count', 0.0, [])
+    self._mean = variable('mean', 0.0, shape)
+    self._variance = variable('variance', 0.0, shape)
+    # What frames are multiplied with, and what is added then: kept as well, to
+    # be computed once for each update instead of each step.
+    self._scale = variable('scale', 1 / 255, shape)
+    self._shift = variable('shift', 0.0, shape)
+
+  def __call__(self, frames):
+    """Maps uint8 [N, height, width, channels] to float32, normalised.
+
+    Before the first update, frames are only divided by 255.
+    """
+    self._make_variables(frames.shape[1:])
+    normalized = tf.cast(frames, tf.float32) * self._scale + self._shift
+    return tf.clip_by_value(normalized, -self._LIMIT, self._LIMIT)
+
+  def update(self, frames):
+    """Returns the operation that takes frames, uint8 [T, B, ...], into account.
+
+    Source: https://doi.org/10.1007/978-3-642-51461-6_3 (Chan, Golub, LeVeque),
+    the mean and variance of two sets together.
+    """
+    counted = tf.cast(frames[:: self._STRIDE], tf.float32)
+    mean, variance = tf.nn.moments(counted, [0, 1])
+    new = tf.cast(tf.reduce_prod(tf.shape(counted)[:2]), tf.float32)
+    count = tf.minimum(self._count + new, self._MAX_COUNT)
+    share = new / count
+    difference = mean - self._mean
+    mean = self._mean + share * difference
+    variance = (1 - share) * (self._variance + share * difference**2) + (
+      share * variance
+    )
+    scale = 1 / tf.maximum(tf.sqrt(variance), self._MIN_DEVIATION)
+    values = (
+      (self._count, count),
+      (self._mean, mean),
+      (self._variance, variance),
+      (self._scale, scale),
+      (self._shift, -mean * scale),
+    )
+    # First all are computed, as they depend on the old values.
+    with tf.control_dependencies([value for _, value in values]):
+      return tf.group(
+        *(v.assign(value, read_value=False) for v, value in values)
+      )
 
 
 class _Convolution(snt.Conv2D):
@@ -168,7 +277,10 @@ class _DeepEncoder(snt.Module):
     self._linear = snt.Linear(256, w_init=_RELU_INIT)
 
   def __call__(self, frame):
-    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
+    """Maps frames [N, height, width, channels] to float32 [N, 256].
+
+    Bytes count as 255ths.
+    """
     for layers in self._sections:
       channels = [frame.shape[-1], *[layers[0].output_channels] * 4]
       weights, biases = zip(
@@ -197,8 +309,13 @@ class _ShallowEncoder(snt.Module):
     )
 
   def __call__(self, frame):
-    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
-    return self._network(tf.cast(frame, tf.float32) / 255)
+    """Maps frames [N, height, width, channels] to float32 [N, 256].
+
+    Bytes count as 255ths.
+    """
+    if frame.dtype == tf.uint8:
+      frame = tf.cast(frame, tf.float32) / 255
+    return self._network(frame)
 
 
 class _InstructionEncoder(snt.Module):

@@ -74,9 +74,7 @@ class SharedState:
   def publish(self, agent):
     """Returns the op that shows the agent's parameters as they are now."""
     with tf.device('/cpu:0'):
-      flat = [
-        tf.reshape(v.read_value(), [-1]) for v in agent.trainable_variables
-      ]
+      flat = [tf.reshape(v.read_value(), [-1]) for v in agent.variables]
       step = tf.train.get_global_step().read_value()
       return tf.group(
         self._parameters.assign(tf.concat(flat, 0), read_value=False),
@@ -609,7 +607,7 @@ class ParameterSync(tf.train.SessionRunHook):
       tf.placeholder(tf.int64, []),
     )
     parameters, step = self._values
-    variables = agent.trainable_variables
+    variables = agent.variables
     parts = tf.split(parameters, [v.shape.num_elements() for v in variables])
     self._load_op = tf.group(
       tf.train.get_global_step().assign(step, read_value=False),

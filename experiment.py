@@ -197,6 +197,21 @@ flags.DEFINE_enum(
   "The paper's network of 15 convolutions, or the one of 2.",
 )
 flags.DEFINE_enum(
+  'core',
+  'lstm',
+  ['lstm', 'none'],
+  'The LSTM between torso and policy; or none, the feed-forward network of the '
+  "paper's Atari agents: it sees the frame alone, neither the last action and "
+  'reward nor an instruction.',
+)
+flags.DEFINE_boolean(
+  'normalize_frames',
+  True,
+  'Shift and scale each pixel of the frames by its running mean and deviation '
+  'in what the learner learned from. Without, as in the paper, frames are '
+  'divided by 255.',
+)
+flags.DEFINE_enum(
   'precision',
   'float32',
   ['float32', 'bfloat16'],
@@ -226,19 +241,55 @@ flags.DEFINE_enum(
   'prints another formula.',
 )
 
+flags.DEFINE_float(
+  'clip_rho_threshold',
+  1.0,
+  "V-trace's rho-bar: importance ratios in the targets of the baseline are at "
+  'most this; 0 is off.',
+  lower_bound=0,
+)
+flags.DEFINE_float(
+  'clip_pg_rho_threshold',
+  1.0,
+  'Likewise in the policy gradient.',
+  lower_bound=0,
+)
+flags.DEFINE_float(
+  'vtrace_lambda',
+  1.0,
+  "Decay of V-trace's traces: with 1, targets look ahead to the end of the "
+  'unroll, with 0 a single step.',
+  lower_bound=0,
+  upper_bound=1,
+)
+
 # The optimiser.
+flags.DEFINE_enum(
+  'optimizer',
+  'rmsprop',
+  ['rmsprop', 'adam'],
+  "The paper's RMSProp; or Adam, with 0.9 and 0.999 as its decays.",
+)
 flags.DEFINE_float(
   'learning_rate',
   0.00048,
-  'Learning rate at the start; falls linearly to 0 at the last frame. The loss '
-  'is a sum, so it depends on --batch_size and --unroll_length.',
+  'Learning rate at the start. The loss is a sum, so it depends on '
+  '--batch_size and --unroll_length.',
   lower_bound=0,
+)
+flags.DEFINE_enum(
+  'learning_rate_schedule',
+  'linear',
+  ['linear', 'constant'],
+  'Linear: it falls to 0 at the last of --total_environment_frames.',
 )
 flags.DEFINE_float(
   'decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1
 )
 flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0)
-flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon.", lower_bound=0)
+flags.DEFINE_float(
+  'epsilon', 0.1, 'Epsilon of RMSProp, or of Adam.', lower_bound=0
+)
 flags.DEFINE_float(
   'max_gradient_norm',
   0.0,
@@ -435,6 +486,9 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
       rewards=_clip_rewards(env_outputs.reward),
       values=learner_outputs.baseline,
       bootstrap_value=last_output.baseline,
+      clip_rho_threshold=FLAGS.clip_rho_threshold or None,
+      clip_pg_rho_threshold=FLAGS.clip_pg_rho_threshold or None,
+      lambda_=FLAGS.vtrace_lambda,
     )
 
   policy_gradient_loss = -tf.reduce_sum(
@@ -453,9 +507,26 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     - FLAGS.entropy_cost * tf.reduce_sum(entropy)
   )
   tf.summary.histogram('action', agent_outputs.action)
-  return _build_update(
-    agent, total_loss, policy_gradient_loss, baseline_loss, entropy
+  update, learning_rate, gradient_norm = _build_update(
+    agent, total_loss, env_outputs
   )
+  with tf.control_dependencies([update]):
+    global_step = tf.train.get_or_create_global_step().assign_add(
+      _frames_per_update(), read_value=True
+    )
+  output = LearnerOutput(
+    global_step=global_step,
+    learning_rate=learning_rate,
+    total_loss=total_loss,
+    policy_gradient_loss=policy_gradient_loss,
+    baseline_loss=baseline_loss,
+    entropy=tf.reduce_mean(entropy),
+    gradient_norm=gradient_norm,
+  )
+  for name, value in output._asdict().items():
+    if name != 'global_step':
+      tf.summary.scalar(name, value)
+  return output
 
 
 def _clip_rewards(rewards):
@@ -471,24 +542,25 @@ def _entropy(policy_logits):
   return -tf.reduce_sum(tf.exp(log_policy) * log_policy, axis=-1)
 
 
-def _build_update(
-  agent, total_loss, policy_gradient_loss, baseline_loss, entropy
-):
-  """Builds the step of RMSProp; `LearnerOutput` has its results."""
-  global_step = tf.train.get_or_create_global_step()
-  learning_rate = tf.train.polynomial_decay(
-    FLAGS.learning_rate, global_step, FLAGS.total_environment_frames, 0
-  )
-  optimizer = tf.train.RMSPropOptimizer(
-    learning_rate, FLAGS.decay, FLAGS.momentum, FLAGS.epsilon
-  )
+def _build_update(agent, loss, env_outputs):
+  """Builds the step of the optimiser.
+
+  Args:
+    agent: `Agent`.
+    loss: float32 scalar.
+    env_outputs: `StepOutput` of [T, B, ...], what the loss is of.
+
+  Returns:
+    The operation, the learning rate, and the norm of all gradients.
+  """
+  learning_rate, optimizer = _build_optimizer()
   variables = agent.trainable_variables
-  gradients = tf.gradients(total_loss, variables)
+  gradients = tf.gradients(loss, variables)
   # Checked before the update, so that a loss that is not finite leaves the
   # variables as they were.
   gradient_norm = tf.global_norm(gradients)
   checks = [
-    tf.debugging.check_numerics(total_loss, _NOT_FINITE),
+    tf.debugging.check_numerics(loss, _NOT_FINITE),
     tf.debugging.check_numerics(gradient_norm, _NOT_FINITE),
   ]
   if FLAGS.max_gradient_norm > 0:
@@ -498,20 +570,26 @@ def _build_update(
   with tf.control_dependencies(checks):
     update = optimizer.apply_gradients(zip(gradients, variables, strict=True))
   with tf.control_dependencies([update]):
-    step = global_step.assign_add(_frames_per_update(), read_value=True)
-  output = LearnerOutput(
-    global_step=step,
-    learning_rate=learning_rate,
-    total_loss=total_loss,
-    policy_gradient_loss=policy_gradient_loss,
-    baseline_loss=baseline_loss,
-    entropy=tf.reduce_mean(entropy),
-    gradient_norm=gradient_norm,
+    return agent.observe(env_outputs), learning_rate, gradient_norm
+
+
+def _build_optimizer():
+  """Returns the learning rate and the optimiser that the flags ask for."""
+  learning_rate = tf.constant(FLAGS.learning_rate)
+  if FLAGS.learning_rate_schedule == 'linear':
+    learning_rate = tf.train.polynomial_decay(
+      FLAGS.learning_rate,
+      tf.train.get_or_create_global_step(),
+      FLAGS.total_environment_frames,
+      0,
+    )
+  if FLAGS.optimizer == 'adam':
+    return learning_rate, tf.train.AdamOptimizer(
+      learning_rate, epsilon=FLAGS.epsilon
+    )
+  return learning_rate, tf.train.RMSPropOptimizer(
+    learning_rate, FLAGS.decay, FLAGS.momentum, FLAGS.epsilon
   )
-  for name, value in output._asdict().items():
-    if name != 'global_step':
-      tf.summary.scalar(name, value)
-  return output
 
 
 def _frames_per_update():
@@ -670,7 +748,13 @@ def _new_graph():
 
 
 def _new_agent(game):
-  return Agent(len(game.spec.action_set), FLAGS.torso, FLAGS.precision)
+  return Agent(
+    len(game.spec.action_set),
+    FLAGS.torso,
+    FLAGS.precision,
+    FLAGS.core,
+    FLAGS.normalize_frames,
+  )
 
 
 def _first_environment():

@@ -41,7 +41,13 @@ class Player:
     self.action_set = description['action_set']
     with tf.Graph().as_default():
       tf.set_random_seed(seed)
-      agent = Agent(len(self.action_set), description['torso'])
+      settings = description['flags']  # Of older agents, without some of them.
+      agent = Agent(
+        len(self.action_set),
+        description['torso'],
+        core=settings.get('core', 'lstm'),
+        normalize_frames=settings.get('normalize_frames', False),
+      )
       self._build(agent)
       self._session = tf.Session()
       tf.train.Saver().restore(self._session, checkpoint)

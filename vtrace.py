@@ -57,6 +57,7 @@ def from_logits(
   clip_rho_threshold=1.0,
   clip_pg_rho_threshold=1.0,
   name='vtrace_from_logits',
+  lambda_=1.0,
 ):
   """Computes V-trace targets for two softmax policies.
 
@@ -79,6 +80,8 @@ def from_logits(
     clip_pg_rho_threshold: float scalar, clips the ratio in `pg_advantages`.
       None: no clipping.
     name: string, the name scope of the operations.
+    lambda_: float, from 0 to 1, the decay of the trace: 1 looks ahead to the
+      end of the unroll, 0 a single step.
 
   Returns:
     A `VTraceFromLogitsReturns`, all fields float32 `[T, B]`:
@@ -108,6 +111,7 @@ def from_logits(
       bootstrap_value=bootstrap_value,
       clip_rho_threshold=clip_rho_threshold,
       clip_pg_rho_threshold=clip_pg_rho_threshold,
+      lambda_=lambda_,
     )
     return VTraceFromLogitsReturns(
       vs=vtrace_returns.vs,
@@ -127,15 +131,16 @@ def from_importance_weights(
   clip_rho_threshold=1.0,
   clip_pg_rho_threshold=1.0,
   name='vtrace_from_importance_weights',
+  lambda_=1.0,
 ):
   """Computes V-trace targets from log importance ratios.
 
   Equation 1 of https://arxiv.org/abs/1802.01561 (section 4.1), with a discount
-  for each step:
+  for each step, and lambda as in remark 2:
 
     v_s = V(x_s) + sum_{t=s}^{T-1} (prod_{i=s}^{t-1} gamma_i c_i) delta_t V
     delta_t V = min(rho-bar, rho_t) (r_t + gamma_t V(x_{t+1}) - V(x_t))
-    c_i = min(1, rho_i)
+    c_i = lambda min(1, rho_i)
 
   and the advantages of the policy gradient from the same section:
 
@@ -154,6 +159,8 @@ def from_importance_weights(
     clip_rho_threshold: float scalar, the paper's rho-bar. None: no clipping.
     clip_pg_rho_threshold: float scalar, rho-bar_pg. None: no clipping.
     name: string, the name scope of the operations.
+    lambda_: float, from 0 to 1, the decay of the trace: 1 looks ahead to the
+      end of the unroll, 0 a single step.
 
   Returns:
     A `VTraceReturns` of float32 `[T, B, ...]`, both constant for gradients:
@@ -176,7 +183,7 @@ def from_importance_weights(
     clipped_pg_rhos = _clip(
       'clip_pg_rho_threshold', rhos, clip_pg_rho_threshold
     )
-    cs = tf.minimum(1.0, rhos)
+    cs = lambda_ * tf.minimum(1.0, rhos)
 
     values_t_plus_1 = _shift_left(values, bootstrap_value)
     td_errors = rewards + discounts * values_t_plus_1 - values

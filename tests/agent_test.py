@@ -1,23 +1,34 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the agent's network."""
 
+import os
+
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
 import environments
-from agent import Agent, _InstructionEncoder
-from helpers import NUM_ACTIONS, constants, env_outputs, run_graph
+from agent import Agent, FrameStatistics, _InstructionEncoder
+from helpers import NUM_ACTIONS, ROOT, constants, env_outputs, run_graph
 
 
-@pytest.mark.parametrize('torso', ['deep', 'shallow'])
-def test_unroll_equals_single_steps(torso):
+@pytest.mark.parametrize(
+  ('torso', 'core', 'normalize_frames'),
+  [
+    ('deep', 'lstm', False),
+    ('shallow', 'lstm', True),
+    ('shallow', 'none', False),
+  ],
+)
+def test_unroll_equals_single_steps(torso, core, normalize_frames):
   random = np.random.default_rng(1)
   num_steps, batch_size = 4, 2
   inputs = env_outputs(random, (num_steps, batch_size), ('', 'a b', 'red door'))
   actions = random.integers(0, NUM_ACTIONS, (num_steps, batch_size), np.int32)
   with tf.Graph().as_default():
-    agent = Agent(NUM_ACTIONS, torso)
+    agent = Agent(
+      NUM_ACTIONS, torso, core=core, normalize_frames=normalize_frames
+    )
     state = agent.initial_state(batch_size)
     unrolled, last_state = agent.unroll(
       tf.constant(actions), constants(inputs), state
@@ -41,8 +52,9 @@ def test_unroll_equals_single_steps(torso):
       unrolled.policy_logits[t], step.policy_logits, atol=1e-5
     )
     np.testing.assert_allclose(unrolled.baseline[t], step.baseline, atol=1e-5)
-  np.testing.assert_allclose(last_state.hidden, state.hidden, atol=1e-5)
-  np.testing.assert_allclose(last_state.cell, state.cell, atol=1e-5)
+  tf.nest.map_structure(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), last_state, state
+  )
 
 
 def test_state_is_reset_where_an_episode_begins():
@@ -57,6 +69,99 @@ def test_state_is_reset_where_an_episode_begins():
     fresh, used = run_graph((fresh.baseline, used.baseline))
   np.testing.assert_allclose(fresh[0], used[0], rtol=1e-5)
   assert abs(fresh[1] - used[1]) > 1e-4
+
+
+def test_without_a_core_the_frame_alone_is_seen():
+  random = np.random.default_rng(2)
+  inputs, others = env_outputs(random, (2,), ('go',)), env_outputs(random, (2,))
+  outputs = []
+  with tf.Graph().as_default():
+    agent = Agent(NUM_ACTIONS, 'shallow', core='none')
+    assert agent.initial_state(2) == ()
+    for actions, env_output in (
+      ([0, 1], inputs),
+      (
+        [2, 0],
+        others._replace(observation=(inputs.observation[0], others[3][1])),
+      ),
+      ([0, 1], others),
+    ):
+      output, state = agent((tf.constant(actions), constants(env_output)), ())
+      assert state == ()
+      outputs.append(output.policy_logits)
+    same, also, other = run_graph(outputs)
+  np.testing.assert_array_equal(same, also)
+  assert np.abs(same - other).max() > 1e-4
+
+
+# --- Normalised frames ------------------------------------------------------
+
+
+def moments_of(frames, deviation=5.0):
+  """Returns frames as they should be normalised by themselves, float64."""
+  frames = np.asarray(frames, np.float64)
+  return frames.mean(0), np.maximum(frames.std(0), deviation)
+
+
+def test_frames_are_normalised_by_all_that_was_learned_from():
+  random = np.random.default_rng(3)
+  batches = random.integers(0, 256, (3, 6, 2, 4, 5, 1), np.uint8)
+  batches[..., 0, 0, 0] = 100  # A pixel that never changes.
+  batches[..., 1, 1, 0] //= 64  # One that nearly doesn't.
+  probe = random.integers(0, 256, (7, 4, 5, 1), np.uint8)
+  with tf.Graph().as_default(), tf.Session() as session:
+    statistics = FrameStatistics()
+    normalized = statistics(tf.constant(probe))
+    frames = tf.placeholder(tf.uint8, batches.shape[1:])
+    update = statistics.update(frames)
+    session.run(tf.global_variables_initializer())
+    np.testing.assert_allclose(session.run(normalized), probe / 255, rtol=1e-6)
+    for count in (1, 2, 3):
+      session.run(update, {frames: batches[count - 1]})
+      # Steps 0 and 5 of each unroll.
+      seen = batches[:count, ::5].reshape(-1, 4, 5, 1)
+      mean, deviation = moments_of(seen)
+      np.testing.assert_allclose(
+        session.run(normalized),
+        np.clip((probe - mean) / deviation, -5, 5),
+        atol=1e-4,
+      )
+
+
+def test_frames_of_long_ago_count_less(monkeypatch):
+  """With 8 frames that count, a batch of 4 is half of the statistics."""
+  monkeypatch.setattr(FrameStatistics, '_MAX_COUNT', 8)
+  values = [10, 250, 30, 90]
+  with tf.Graph().as_default(), tf.Session() as session:
+    statistics = FrameStatistics()
+    statistics(tf.zeros([1, 1, 1, 1], tf.uint8))
+    frames = tf.placeholder(tf.uint8, [1, 4, 1, 1, 1])
+    update = statistics.update(frames)
+    session.run(tf.global_variables_initializer())
+    for value in values:
+      session.run(update, {frames: np.full(frames.shape, value, np.uint8)})
+    scale, shift = session.run([statistics._scale, statistics._shift])
+  weights = np.array([1 / 8, 1 / 8, 1 / 4, 1 / 2])
+  mean = np.dot(weights, values)
+  deviation = np.sqrt(np.dot(weights, (values - mean) ** 2))
+  np.testing.assert_allclose(scale.item(), 1 / deviation, rtol=1e-5)
+  np.testing.assert_allclose(shift.item(), -mean / deviation, rtol=1e-5)
+
+
+def test_optimizer_leaves_the_statistics_alone():
+  with tf.Graph().as_default():
+    agent = Agent(NUM_ACTIONS, 'shallow', normalize_frames=True)
+    inputs = constants(env_outputs(np.random.default_rng(4), (1,)))
+    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
+    learned = {v.name for v in agent.trainable_variables}
+    others = {v.name for v in agent.variables} - learned
+  assert others == {
+    f'agent/frame_statistics/{name}:0'
+    for name in ('count', 'mean', 'variance', 'scale', 'shift')
+  }
+
+
+# --- Instructions -----------------------------------------------------------
 
 
 def test_words_and_their_order_matter():
@@ -145,3 +250,75 @@ def test_deep_agent_has_the_papers_size():
     kernels = [v for v in agent.trainable_variables if v.shape.rank == 4]
   assert len(kernels) == 15
   assert 1.5e6 < sum(sizes) < 1.7e6
+
+
+# --- The networks of the flagfiles -------------------------------------------
+
+_SECTIONS = (16, 32, 32)
+
+
+def deep_shapes(height, width, channels):
+  """Returns the shapes of the weights of figure 3's deep torso, in order."""
+  shapes = []
+  for out in _SECTIONS:
+    shapes += [(3, 3, channels, out)] + 4 * [(3, 3, out, out)]
+    channels = out
+    height, width = -(-height // 2), -(-width // 2)
+  return [*shapes, (height * width * channels, 256)]
+
+
+@pytest.mark.parametrize(
+  ('name', 'num_actions', 'frame_shape', 'expected', 'num_parameters'),
+  [
+    # By the paper's figure 3: instructions have 64 features; with the last
+    # reward and the last action of 9, the LSTM sees 256 + 1 + 9 + 64.
+    (
+      'dmlab30',
+      9,
+      (72, 96, 3),
+      [
+        *deep_shapes(72, 96, 3),
+        *[(1000, 20), (20, 256), (64, 256)],
+        *[(330, 1024), (256, 1024), (256, 9), (256, 1)],
+      ],
+      1_628_010,
+    ),
+    (
+      'atari_expert',
+      6,
+      (84, 84, 4),
+      [*deep_shapes(84, 84, 4), (256, 6), (256, 1)],
+      1_091_031,
+    ),
+    (
+      'atari57_multitask',
+      18,
+      (84, 84, 4),
+      [*deep_shapes(84, 84, 4), (256, 18), (256, 1)],
+      1_094_115,
+    ),
+  ],
+)
+def test_flagfile_has_the_papers_network(
+  name, num_actions, frame_shape, expected, num_parameters
+):
+  with open(os.path.join(ROOT, 'flagfiles', name)) as file:
+    values = dict(
+      line.removeprefix('--').rstrip('\n').partition('=')[::2]
+      for line in file
+      if line.startswith('--')
+    )
+  assert 'nonormalize_frames' in values
+  with tf.Graph().as_default():
+    agent = Agent(num_actions, values['torso'], core=values['core'])
+    inputs = environments.StepOutput(
+      tf.zeros([1]),
+      (),
+      tf.zeros([1], tf.bool),
+      (tf.zeros([1, *frame_shape], tf.uint8), tf.constant([''])),
+    )
+    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
+    shapes = [tuple(v.shape.as_list()) for v in agent.variables]
+  weights = [shape for shape in shapes if len(shape) > 1]
+  assert sorted(weights) == sorted(expected)
+  assert sum(int(np.prod(shape)) for shape in shapes) == num_parameters

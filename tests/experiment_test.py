@@ -317,6 +317,98 @@ def test_processor_without_bfloat16_takes_float32(monkeypatch, capsys):
   assert 'float32 is used' in capsys.readouterr().out
 
 
+@flagsaver.flagsaver(
+  batch_size=3,
+  unroll_length=5,
+  optimizer='adam',
+  learning_rate=0.125,
+  learning_rate_schedule='constant',
+  total_environment_frames=120,
+  epsilon=1e-8,
+)
+def test_adams_first_step_is_the_learning_rate(learner_batch):
+  """Corrected for its start, Adam's first step is g / |g|."""
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow')
+    learner = experiment.build_learner(
+      agent, agent.initial_state(3), constants(env), constants(behaviour)
+    )
+    bias = next(
+      v for v in agent.trainable_variables if v.name == 'agent/baseline/b:0'
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      before = session.run(bias)
+      rates = [session.run(learner).learning_rate]
+      after = session.run(bias)
+      rates.append(session.run(learner).learning_rate)
+  np.testing.assert_allclose(np.abs(after - before), 0.125, rtol=1e-3)
+  # With the other schedule, the second update is beyond the last frame.
+  assert rates == [0.125, 0.125]
+
+
+@flagsaver.flagsaver(
+  batch_size=3, unroll_length=5, clip_rho_threshold=0.5, vtrace_lambda=0.5
+)
+def test_vtraces_flags_reach_the_loss(learner_batch):
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow')
+    state = agent.initial_state(3)
+    inputs = constants(env)
+    target, _ = agent.unroll(tf.constant(behaviour.action), inputs, state)
+    learner = experiment.build_learner(
+      agent, state, inputs, constants(behaviour)
+    )
+    # Both run before the update changes the agent.
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      target = session.run(target)
+      loss = session.run(learner).baseline_loss
+  returns = vtrace_by_hand(target, behaviour, env, rho_bar=0.5, lambda_=0.5)
+  expected = 0.5 * np.sum((returns - target.baseline[:-1]) ** 2)
+  np.testing.assert_allclose(loss, expected, rtol=1e-3)
+
+
+def vtrace_by_hand(target, behaviour, env, rho_bar, lambda_):
+  """Returns the targets of equation 1, backwards, with float64."""
+  pi = softmax(target.policy_logits.astype(np.float64))
+  mu = softmax(behaviour.policy_logits.astype(np.float64))
+  values = target.baseline.astype(np.float64)
+  vs = values.copy()
+  for t in reversed(range(len(vs) - 1)):
+    index = np.arange(vs.shape[1]), behaviour.action[t + 1]
+    rho = pi[t][index] / mu[t + 1][index]
+    gamma = np.where(env.done[t + 1], 0, FLAGS.discounting)
+    reward = np.clip(env.reward[t + 1], -1, 1)
+    vs[t] += np.minimum(rho_bar, rho) * (
+      reward + gamma * values[t + 1] - values[t]
+    ) + gamma * lambda_ * np.minimum(1, rho) * (vs[t + 1] - values[t + 1])
+  return vs[:-1]
+
+
+@flagsaver.flagsaver(batch_size=3, unroll_length=5)
+def test_learner_updates_the_statistics_of_frames(learner_batch):
+  env, behaviour = learner_batch
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', normalize_frames=True)
+    learner = experiment.build_learner(
+      agent, agent.initial_state(3), constants(env), constants(behaviour)
+    )
+    mean = next(v for v in agent.variables if 'statistics/mean' in v.name)
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      session.run(learner)
+      mean = session.run(mean)
+  # The first entry was learned from in the unroll before.
+  expected = env.observation[0][1::5].mean((0, 1))
+  np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
 @flagsaver.flagsaver(batch_size=1, unroll_length=5)
 def test_batch_of_one_unroll(learner_batch):
   env, behaviour = tf.nest.map_structure(lambda x: x[:, :1], learner_batch)

@@ -15,6 +15,7 @@ def _sum_of_equation_1(
   bootstrap_value,
   clip_rho_threshold=1.0,
   clip_pg_rho_threshold=1.0,
+  lambda_=1.0,
 ):
   """Evaluates equation 1 as it is printed, term by term, in float64."""
   rhos = np.exp(np.asarray(log_rhos, np.float64))
@@ -30,7 +31,7 @@ def _sum_of_equation_1(
   deltas = np.minimum(rho_bar, rhos) * (
     rewards + discounts * next_values - values
   )
-  factors = discounts * np.minimum(1.0, rhos)
+  factors = discounts * lambda_ * np.minimum(1.0, rhos)
   vs = np.empty_like(deltas)
   for s in range(len(deltas)):
     # Row t - s is the product of the factors s .. t - 1; an empty one is 1.
@@ -161,6 +162,29 @@ class FromImportanceWeightsTest(tf.test.TestCase):
         _sum_of_equation_1(**arrays, **thresholds),
         _evaluate(arrays, **thresholds),
       )
+
+  def test_lambda_shortens_the_trace(self):
+    arrays = _trajectories(7, 3)
+    for lambda_ in (0.0, 0.3, 0.9):
+      self.assert_returns_close(
+        _sum_of_equation_1(**arrays, lambda_=lambda_),
+        _evaluate(arrays, lambda_=lambda_),
+      )
+    # With 0, each target looks a single step ahead.
+    next_values = np.concatenate(
+      [arrays['values'], arrays['bootstrap_value'][np.newaxis]]
+    )[1:]
+    rhos = np.minimum(1, np.exp(arrays['log_rhos']))
+    self.assertAllClose(
+      arrays['values']
+      + rhos
+      * (
+        arrays['rewards'] + arrays['discounts'] * next_values - arrays['values']
+      ),
+      _evaluate(arrays, lambda_=0.0).vs,
+      rtol=1e-5,
+      atol=1e-5,
+    )
 
   def test_thousand_steps(self):
     arrays = _trajectories(1000, 2, max_log_rho=0.05)
