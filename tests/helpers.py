@@ -157,7 +157,7 @@ def save_agent(logdir, num_actions=3, frame_shape=(4, 6, 1), step=40):
   with tf.Graph().as_default():
     tf.set_random_seed(5)
     global_step = tf.train.get_or_create_global_step()
-    agent = Agent(num_actions, 'shallow')
+    agent = Agent(num_actions, 'shallow', normalize_frames=True)
     inputs = environments.StepOutput(
       tf.zeros([1]),
       (),

@@ -20,7 +20,9 @@ def save_trained_agent(logdir, num_actions=3, frame_shape=(4, 6, 1)):
   """Saves an agent as a training does; returns the checkpoint."""
   checkpoint = save_agent(logdir, num_actions, frame_shape)
   spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
-  checkpoints.save_description(str(logdir), spec, 'shallow', {})
+  checkpoints.save_description(
+    str(logdir), spec, 'shallow', {'normalize_frames': True}
+  )
   return checkpoint
 
 
@@ -42,7 +44,7 @@ def test_player_does_what_the_agent_does(tmp_path):
   assert set(actions) <= set(player.action_set) == {0, 1, 2}
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = Agent(3, 'shallow')
+    agent = Agent(3, 'shallow', normalize_frames=True)
     env_outputs = environments.StepOutput(
       tf.constant(rewards[:, None]),
       (),

@@ -165,7 +165,7 @@ def test_suite_with_levels_that_can_not_be_played(tmp_path, capsys):
   assert error.value.code == 1
   content = read(tmp_path)
   rows = {row['level']: row for row in content['levels']}
-  assert list(rows) == list(experiment.dmlab30.LEVEL_MAPPING.values())
+  assert list(rows) == list(dmlab30.LEVEL_MAPPING.values())
   played = {level for level, row in rows.items() if row['episodes'] == 2}
   # The held-out levels are among them.
   assert played == {
