@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import dmlab30
 import evaluation
 import experiment
 import toy_gym
