@@ -26,16 +26,15 @@ if ! command -v apt-get >/dev/null; then
     "install them with its own package manager." >&2
   exit 1
 fi
-line="apt-get update && apt-get install ${missing[*]}"
 if ((EUID)); then
   echo "This machine lacks ${missing[*]}. Install with:" \
-    "sudo ${line/&& /&& sudo }" >&2
+    "sudo apt-get update && sudo apt-get install ${missing[*]}" >&2
   exit 1
 fi
 echo "Installing ${missing[*]}."
 export DEBIAN_FRONTEND=noninteractive
 if ! { apt-get update -qq &&
   apt-get install -qq --no-install-recommends "${missing[@]}" >/dev/null; }; then
-  echo "${missing[*]} could not be installed, see above: install with: $line" >&2
+  echo "apt-get could not install ${missing[*]}: see above." >&2
   exit 1
 fi
