@@ -18,6 +18,8 @@ endif
 REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
 OPS = convolution_ops.so dynamic_batching_ops.so py_process_ops.so \
   py_process_callee.so
+# The package of the compiler; one that is set by CXX needs none.
+COMPILER = $(filter g++,$(CXX))
 LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 
 # The same settings serve training and test.
@@ -57,6 +59,7 @@ ops: $(OPS)
 # Built anew after an installation: it may have brought another TensorFlow. With
 # less than -O3, convolutions take twice the time.
 %.so: %.cc $(INSTALLED)
+	@./system_packages.sh $(COMPILER)
 	$(CXX) -std=c++17 -O3 -Wall -Wno-deprecated-declarations -shared -fPIC \
 	  $< -o $@.tmp $(shell $(PYTHON) -c $(FLAGS) 2>/dev/null)
 	mv $@.tmp $@
@@ -70,10 +73,16 @@ py_process_callee.so: FLAGS = "import numpy, tensorflow as tf; \
   print('-isystem', numpy.get_include(), '-isystem', tf.sysconfig.get_include() \
   + '/external/local_config_python/python_include')"
 
+CHECK_PYTHON = python3 -c 'import sys; v = sys.version_info[:2]; \
+  sys.exit(None if (3, 10) <= v <= (3, 13) else \
+  "Python 3.10 to 3.13 is needed, python3 is %d.%d: put another python3 first " \
+  "in PATH." % v)'
+
+# First of all what an installation of some minutes would miss in the end.
 $(VENV)/installed $(VENV)/installed-gpu: requirements.txt requirements-dev.txt requirements-gpu.txt
-	@python3 -c 'import sys; v = sys.version_info[:2]; \
-	  sys.exit(None if (3, 10) <= v <= (3, 13) else \
-	  "Python 3.10 to 3.13 is needed, python3 is %d.%d." % v)'
+	@! command -v python3 >/dev/null || $(CHECK_PYTHON)
+	@./system_packages.sh $(COMPILER) python3-venv
+	@$(CHECK_PYTHON)
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check \
 	  -r $(REQUIREMENTS) -r requirements-dev.txt
