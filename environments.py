@@ -5,7 +5,7 @@ A level name belongs to a family, one class each; `FAMILIES` says which. A
 family is constructed in a process of its own (`py_process`) and has
 
   initial() -> observation         starts the first episode
-  step(action) -> (reward, done, observation)
+  step(action) -> Step, or its first three values
   close()
 
 where an observation is `(frame, instruction)`: uint8 [height, width, channels]
@@ -13,17 +13,46 @@ and a string. With `done`, `reward` belongs to the episode that ended and the
 observation is the first of the next one: environments reset themselves. A test
 plays a single episode in each process: after its end nothing happens any more,
 and the last observation stays. In the program, without a process, a family
-offers two class methods:
+offers class methods:
 
   describe(level, settings) -> EnvironmentSpec
   create(level, seed, settings, spec) -> PyProcess
-  picture(frame) -> the frame for people, uint8 [height, width, 1 or 3]
-
-Ends by a time limit count as ends of the episode, as in DeepMind's release: the
-value after them is taken as 0. To bootstrap there, the learner would need the
-last observation of the episode, which `StepOutput` has no place for.
+  picture(frame, spec) -> the frame for people, uint8 [height, width, 1 or 3]
 
 The libraries of the environments are imported in their processes alone.
+
+Three things may end. `done`: what follows has no value for what came before,
+the discount is 0. `game_over`: the accounts of the whole game are complete. A
+lost life in Atari is `done`, but the game is not over.
+
+The third is a time limit, which only cuts an episode off: what would follow has
+a value, that of the last observation. So a cut takes an entry of its own:
+
+  entry   reward   done   game_over  truncated  observation
+  t       r_t      False  False      False      the last of the episode
+  t + 1   0        True   True       True       the first of the next one
+
+Entry t + 1 is no step: whatever the action was, the environment was reset. Its
+return and number of steps are those of the game, as at any end. All that the
+learner has to do is to learn nothing from this entry, and to let the value of
+the last observation stand for what would have followed. With `truncated`,
+`done` and `reward` of entries 1 ... T, and the learner's own values V of
+observations 0 ... T - 1,
+
+  rewards   = where(truncated, V, clip(reward))
+  discounts = where(done, 0, discounting)
+  entropy   = where(truncated, 0, entropy)
+
+in V-trace and the loss. There the target is V, so that the losses of value and
+policy are 0; and the entry before bootstraps from V, off-policy corrections
+included. No matter how unrolls are cut: an unroll whose last entry is t
+bootstraps from that observation anyway.
+
+What else was considered. A place for a last observation in each entry would
+double the frames that are sent and stored, for one in thousands of entries. The
+actor could add the value of the last observation to the reward, but that is the
+value of an old network, and clipped. The entry of its own costs one agent step
+per episode that was cut off, which counts as frames of the training.
 """
 
 import collections
@@ -40,21 +69,34 @@ import warnings
 
 import numpy as np
 
+import gym_kinds
 import py_process
 
-# What an environment says of itself in the graph, one entry per agent step.
+# What an environment says of itself in the graph, one entry per agent step or,
+# where `truncated`, for a reset after an episode was cut off: see above. By
+# default the last two are empty, for who needs no more than the release's four.
 StepOutput = collections.namedtuple(
-  'StepOutput', 'reward info done observation'
+  'StepOutput',
+  'reward info done observation game_over truncated',
+  defaults=[(), ()],
 )
-# Return and number of agent steps of the episode so far, this step included.
+# Return and number of agent steps of the game so far, this step included.
 StepOutputInfo = collections.namedtuple(
   'StepOutputInfo', 'episode_return episode_step'
 )
 
+# The same as an environment's process tells it.
+Step = collections.namedtuple(
+  'Step', 'reward done observation game_over truncated'
+)
+
 # action_set: array [num_actions, ...] of what `step` takes.
 # frame_shape: (height, width, channels).
+# picture_channels: of a frame for people, (first, end).
 EnvironmentSpec = collections.namedtuple(
-  'EnvironmentSpec', 'action_set frame_shape'
+  'EnvironmentSpec',
+  'action_set frame_shape picture_channels',
+  defaults=[(0, 3)],  # A fourth would be the opacity.
 )
 
 # What the program's user chose for all environments.
@@ -73,11 +115,6 @@ Settings = collections.namedtuple(
 )
 
 
-def _size(settings, height, width):
-  """Returns the frame's (height, width): the user's choice or the family's."""
-  return (settings.height or height, settings.width or width)
-
-
 def resize(frame, height, width):
   """Returns a frame, uint8 [h, w] or [h, w, c], as [height, width, c]."""
   import cv2
@@ -91,6 +128,33 @@ def resize(frame, height, width):
     )
   # OpenCV drops a single channel.
   return frame.reshape(height, width, -1)
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _to_reward(reward, level, num_steps):
+  """Returns a reward as a float.
+
+  Args:
+    reward: what the environment gave: a number of any type.
+    level: name of the level.
+    num_steps: number of agent steps in the game, this one included.
+
+  Raises:
+    ValueError: it is no finite number.
+  """
+  try:
+    value = float(np.asarray(reward).item())
+  except (TypeError, ValueError):
+    value = float('nan')
+  if not -_LARGEST <= value <= _LARGEST:
+    told = ' '.join(str(reward).split())  # An array may take many lines.
+    raise ValueError(
+      f'{level} gave {told} as the reward of step {num_steps} of a game, '
+      'but rewards must be finite numbers'
+    )
+  return value
 
 
 def _specs(method_name, frame_shape):
@@ -197,7 +261,9 @@ class PyProcessDmLab:
 
     if runfiles_path:
       deepmind_lab.set_runfiles_path(runfiles_path)
+    self._level = level
     self._num_action_repeats = num_action_repeats
+    self._num_steps = 0
     self._is_test = is_test
     self._is_over = False
     self._random_state = np.random.RandomState(seed)
@@ -221,6 +287,7 @@ class PyProcessDmLab:
     """Starts an episode and returns its first observation."""
     # A Python int: DeepMind Lab refuses NumPy's.
     self._env.reset(seed=int(self._random_state.randint(0, 2**31 - 1)))
+    self._num_steps = 0
     self._shown = self._observation()
     return self._shown
 
@@ -231,6 +298,8 @@ class PyProcessDmLab:
     reward = self._env.step(
       np.asarray(action, np.intc), num_steps=self._num_action_repeats
     )
+    self._num_steps += 1
+    reward = _to_reward(reward, self._level, self._num_steps)
     done = not self._env.is_running()
     # There are no observations after the end of an episode.
     if not done:
@@ -258,8 +327,9 @@ class PyProcessDmLab:
     return _specs(method_name, frame_shape)
 
   @staticmethod
-  def picture(frame):
+  def picture(frame, spec):
     """See the module."""
+    del spec
     return frame
 
   @staticmethod
@@ -280,7 +350,8 @@ class PyProcessDmLab:
         "Lab's documentation of Psychlab says, and pass its folder."
       )
     return EnvironmentSpec(
-      np.array(DEFAULT_ACTION_SET, np.intc), (*_size(settings, 72, 96), 3)
+      np.array(DEFAULT_ACTION_SET, np.intc),
+      (settings.height or 72, settings.width or 96, 3),
     )
 
   @classmethod
@@ -307,12 +378,22 @@ class PyProcessDmLab:
 # --- Gymnasium --------------------------------------------------------------
 
 
-class GymEnvironment:
-  """A Gymnasium environment with an image to see and discrete actions."""
+def _reason(error):
+  """Returns what a `ProcessError` says, all on one line, without the way."""
+  lines = str(error).strip().splitlines()
+  frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+  begin = frames[-1] + 1 if frames else 0
+  while begin < len(lines) - 1 and lines[begin].startswith('    '):
+    begin += 1  # The frame's source.
+  text = ' '.join(' '.join(lines[begin:]).split())
+  return text.removeprefix('ValueError: ').rstrip('.')
 
-  # Modules that register and run the environments, beside `module:id` names.
-  MODULES = ('gymnasium', 'cv2')
-  SIZE = (72, 96)
+
+class GymEnvironment:
+  """A Gymnasium environment with an image to see and discrete actions.
+
+  Its class decides how it is played, and not its name: see `gym_kinds`.
+  """
 
   # The names under which libraries keep the image in a dict of observations.
   _IMAGE_KEYS = ('screen', 'rgb', 'image', 'pixels', 'frame', 'obs')
@@ -322,11 +403,12 @@ class GymEnvironment:
     level,
     num_action_repeats,
     seed,
-    height,
-    width,
+    height=None,
+    width=None,
     num_channels=None,
     is_test=False,
     full_action_set=False,
+    arguments=None,
   ):
     """Makes the environment.
 
@@ -334,76 +416,95 @@ class GymEnvironment:
       level: its id, as `gymnasium.make` takes it.
       num_action_repeats: environment frames per agent step.
       seed: int, of the environment's random numbers.
-      height: of the frame, in pixels.
-      width: of the frame, in pixels.
+      height: of the frame in pixels, None for the kind's usual one.
+      width: likewise.
       num_channels: of the frame, as `describe` found; None in its own process.
       is_test: whether a single episode is played, for evaluation.
       full_action_set: whether an Atari game has all 18 actions, and not only
         those that it makes use of.
+      arguments: dict of further arguments for `gymnasium.make`, None for none.
 
     Raises:
-      ValueError: observations or actions are not as needed.
+      ValueError: arguments, observations or actions are not as needed.
     """
-    for module in self.MODULES:
+    for module in gym_kinds.modules_of(level):
       importlib.import_module(module)
     # Many processes share the cores: none needs OpenCV's pool of threads.
     sys.modules['cv2'].setNumThreads(1)
-    self._num_action_repeats = num_action_repeats
-    self._size = (height, width)
-    self._is_test = is_test
-    self._last = None  # What stays after the end of a test.
-    self._full_action_set = full_action_set
+    self._name = gym_kinds.name_of(level, arguments)
     self._seed = seed
+    self._is_test = is_test
+    self._num_steps = 0  # Of the game.
+    self._is_cut = False  # Whether the next step resets and does no more.
+    self._last = None  # What stays after the end of a test.
     with warnings.catch_warnings():
       if num_channels is not None:  # The process of `describe` showed them.
         warnings.simplefilter('ignore')
-      self._env = self._make(level)
+      self._kind, self._env = gym_kinds.make(
+        level,
+        arguments or {},
+        lambda cls: cls(num_action_repeats, height, width, full_action_set),
+      )
     self._image_key = self._find_image(self._env.observation_space)
     self._actions = self._find_actions(self._env.action_space)
+    self._to_action = self._env.action_space.dtype.type
 
   def initial(self):
     """Starts an episode and returns its first observation."""
     # Gymnasium's convention: seeded once, then each episode differs.
     observation, _ = self._env.reset(seed=self._seed)
     self._seed = None
-    return self._observation(observation)
+    self._num_steps = 0
+    self._kind.begin()
+    self._shown = self._observation(observation)
+    return self._shown
 
   def step(self, action):
-    """Repeats `action`, an int; returns (reward, done, observation)."""
+    """Repeats `action`, an int; returns a `Step` as a plain tuple."""
     if self._last is not None:
-      return 0.0, False, self._last
-    total_reward = 0.0
-    for _ in range(self._num_action_repeats):
-      observation, reward, terminated, truncated, info = self._env.step(
-        int(action)
-      )
-      total_reward += float(reward)
-      if terminated or truncated:
-        if not self._is_test:
-          return total_reward, True, self.initial()
-        self._last = self._observation(observation)
-        return total_reward, True, self._last
-    return total_reward, self._ends(info), self._observation(observation)
+      return 0.0, False, self._last, False, False
+    if self._is_cut:
+      self._is_cut = False
+      return 0.0, True, self.initial(), True, True
+    observation, reward, terminated, truncated, info = self._repeat(action)
+    is_over = bool(terminated or truncated)
+    if self._is_test:
+      shown = self._observation(observation)
+      if is_over:
+        self._last = shown
+      return reward, is_over, shown, is_over, False
+    is_terminal = self._kind.is_terminal(terminated, truncated, info)
+    if is_over and is_terminal:
+      return reward, True, self.initial(), True, False
+    self._is_cut = is_over
+    if not is_over or self._kind.SHOWS_END:
+      self._shown = self._observation(observation)
+    return reward, is_terminal, self._shown, False, False
 
   def close(self):
     self._env.close()
 
   def properties(self):
-    """Returns the action set, int32 [num_actions], and the frame's shape."""
+    """Returns what is in an `EnvironmentSpec`, int32 arrays."""
     shape = self._image_space().shape
     num_channels = shape[2] if len(shape) == 3 else 1
-    return self._actions, np.array([*self._size, num_channels], np.int32)
+    return (
+      self._actions,
+      np.array([*self._kind.size, num_channels], np.int32),
+      np.array(self._kind.PICTURE_CHANNELS, np.int32),
+    )
 
-  def _make(self, level):
-    """Makes the environment; may take over the repetition of actions."""
-    import gymnasium
-
-    return gymnasium.make(level, disable_env_checker=True)
-
-  def _ends(self, info):
-    """Returns whether an episode ends where the environment's does not."""
-    del info
-    return False
+  def _repeat(self, action):
+    """Returns what the environment's step does, with the sum of rewards."""
+    self._num_steps += 1
+    action = self._to_action(action)
+    total_reward = 0.0
+    for _ in range(self._kind.num_calls()):
+      observation, reward, terminated, truncated, info = self._env.step(action)
+      total_reward += _to_reward(reward, self._name, self._num_steps)
+      if terminated or truncated:
+        break
+    return observation, total_reward, terminated, truncated, info
 
   def _observation(self, observation):
     """Returns the frame and the instruction of an observation."""
@@ -412,7 +513,7 @@ class GymEnvironment:
     else:
       frame = observation[self._image_key]
       texts = [t for t in observation.values() if isinstance(t, str)]
-    return resize(np.asarray(frame), *self._size), ' '.join(texts)
+    return resize(np.asarray(frame), *self._kind.size), ' '.join(texts)
 
   def _image_space(self):
     space = self._env.observation_space
@@ -448,57 +549,57 @@ class GymEnvironment:
       raise ValueError(f'its actions must be Discrete, but are {space}')
     return np.arange(space.start, space.start + space.n, dtype=np.int32)
 
-  @classmethod
-  def _modules(cls, constructor_kwargs):
-    module, separator, _ = constructor_kwargs['level'].partition(':')
-    return [*cls.MODULES, *([module] if separator else [])]
+  @staticmethod
+  def _modules(constructor_kwargs):
+    return gym_kinds.modules_of(constructor_kwargs['level'])
 
   @staticmethod
   def _tensor_specs(method_name, kwargs, constructor_kwargs):
     del kwargs
     if method_name == 'properties':
-      return (
-        py_process.ArraySpec((None,), np.int32),
-        py_process.ArraySpec((3,), np.int32),
-      )
+      return tuple(py_process.ArraySpec((n,), np.int32) for n in (None, 3, 2))
     frame_shape = [
       constructor_kwargs[name] for name in ('height', 'width', 'num_channels')
     ]
-    return _specs(method_name, frame_shape)
+    specs = _specs(method_name, frame_shape)
+    if method_name != 'step':
+      return specs
+    flag = py_process.ArraySpec((), np.bool_)
+    return Step(*specs, game_over=flag, truncated=flag)
 
   @staticmethod
-  def picture(frame):
+  def picture(frame, spec):
     """See the module."""
-    return frame[..., :3]  # A fourth channel would be the opacity.
+    return frame[..., slice(*spec.picture_channels)]
 
   @classmethod
   def describe(cls, level, settings):
     """See the module; raises ValueError if the level can't be played."""
-    probe = cls._process(level, 0, settings, num_channels=None)
+    probe = cls._process(level, 0, settings, settings.height, settings.width)
     try:
       probe.start()
-      action_set, frame_shape = probe.call('properties')
+      action_set, *properties = probe.call('properties')
     except py_process.ProcessError as error:
-      reason = str(error).strip().splitlines()[-1]
-      reason = reason.removeprefix('ValueError: ').rstrip('.')
       raise ValueError(
-        f'Level {level!r} can not be played: {reason}.'
+        f'Level {level!r} can not be played: {_reason(error)}.'
       ) from None
     finally:
       probe.close()
-    return EnvironmentSpec(action_set, tuple(int(n) for n in frame_shape))
+    return EnvironmentSpec(
+      action_set, *(tuple(map(int, array)) for array in properties)
+    )
 
   @classmethod
   def create(cls, level, seed, settings, spec):
     """See the module."""
-    return cls._process(level, seed, settings, spec.frame_shape[2])
+    return cls._process(level, seed, settings, *spec.frame_shape)
 
   @classmethod
-  def _process(cls, level, seed, settings, num_channels):
-    height, width = _size(settings, *cls.SIZE)
+  def _process(cls, level, seed, settings, height, width, num_channels=None):
+    level, arguments = gym_kinds.parse_level(level)
     return py_process.PyProcess(
       cls,
-      level=level.removeprefix('gym:'),
+      level=level,
       num_action_repeats=settings.num_action_repeats,
       seed=seed,
       height=height,
@@ -506,118 +607,30 @@ class GymEnvironment:
       num_channels=num_channels,
       is_test=settings.is_test,
       full_action_set=settings.full_action_set,
+      arguments=arguments,
     )
-
-
-class VizdoomEnvironment(GymEnvironment):
-  """A scenario of ViZDoom."""
-
-  MODULES = (*GymEnvironment.MODULES, 'vizdoom.gymnasium_wrapper')
-
-  def _make(self, level):
-    import gymnasium
-
-    # ViZDoom repeats actions itself and draws only the last frame; at a quarter
-    # of its usual 320x240 pixels, a step takes 0.7 instead of 1.2 ms.
-    options = {'frame_skip': self._num_action_repeats}
-    self._num_action_repeats = 1
-    if self._size[0] <= 120 and self._size[1] <= 160:
-      options['screen_resolution'] = 'RES_160X120'
-    return gymnasium.make(level, disable_env_checker=True, **options)
-
-
-class MiniGridEnvironment(GymEnvironment):
-  """A MiniGrid or BabyAI level, seen as the picture of the agent's view."""
-
-  MODULES = (*GymEnvironment.MODULES, 'minigrid')
-
-  def _make(self, level):
-    import minigrid.wrappers
-
-    # Its own observation holds codes of objects, which are not colours.
-    return minigrid.wrappers.RGBImgPartialObsWrapper(super()._make(level))
-
-
-class AtariEnvironment(GymEnvironment):
-  """An Atari game with the paper's preprocessing (appendix G, table G.1).
-
-  Frames are the grey maximum of the last two, 84x84, four stacked as channels.
-  A game starts with 1-30 no-ops and ends after 108,000 frames at the latest,
-  half an hour. In training the loss of a life ends the episode (the game goes
-  on); when tested, the whole game is one.
-  """
-
-  MODULES = (*GymEnvironment.MODULES, 'ale_py')
-  SIZE = (84, 84)
-
-  def _make(self, level):
-    import ale_py
-    import gymnasium
-    from gymnasium import wrappers
-
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    self._lives = 0
-    num_action_repeats, self._num_action_repeats = self._num_action_repeats, 1
-    height, width = self._size
-    env = gymnasium.make(
-      level,
-      frameskip=1,
-      repeat_action_probability=0.0,
-      full_action_space=self._full_action_set,
-      max_num_frames_per_episode=108_000,
-      disable_env_checker=True,
-    )
-    env = wrappers.AtariPreprocessing(
-      env, frame_skip=num_action_repeats, screen_size=(width, height)
-    )
-    env = wrappers.FrameStackObservation(env, stack_size=4)
-    if self._full_action_set:
-      env = self._with_all_actions(env)
-    space = gymnasium.spaces.Box(0, 255, (height, width, 4), np.uint8)
-    return wrappers.TransformObservation(
-      env, lambda frames: np.moveaxis(frames, 0, -1), space
-    )
-
-  def _with_all_actions(self, env):
-    """Gives a game the 18 actions of the console.
-
-    One game, Skiing, doesn't have those that fire: there, firing does nothing.
-    """
-    import ale_py
-    import gymnasium
-    from gymnasium import wrappers
-
-    legal = env.unwrapped.ale.getLegalActionSet()
-    indices = {action.name: i for i, action in enumerate(legal)}
-    table = []
-    for action in ale_py.Action.__members__:
-      without_fire = action.removesuffix('FIRE') or 'NOOP'
-      table.append(indices.get(action, indices[without_fire]))
-    return wrappers.TransformAction(
-      env, table.__getitem__, gymnasium.spaces.Discrete(len(table))
-    )
-
-  def initial(self):
-    self._lives = 0
-    return super().initial()
-
-  @staticmethod
-  def picture(frame):
-    """See the module."""
-    return frame[..., -1:]  # The newest.
-
-  def _ends(self, info):
-    lost = info['lives'] < self._lives
-    self._lives = info['lives']
-    return lost and not self._is_test
 
 
 # The families by the beginnings of their levels' names; the first match counts.
+# How episodes end in each, for `done`, `game_over` and `truncated` of a `Step`:
+#
+#   what is played   done             game over      cut off by a time limit
+#   DeepMind Lab     its end          its end        never: its episodes are
+#                                                    ended by time, and show
+#                                                    nothing after; the value
+#                                                    is 0 as in the release
+#   Gymnasium        terminated       terminated or  truncated, unless it is
+#                                     truncated      terminated as well
+#   Atari            terminated, or   likewise       truncated, after 108,000
+#                    a life is lost                  frames by default
+#   ViZDoom          terminated       likewise       truncated, unless the
+#                                                    player is dead; it shows
+#                                                    nothing after, so that the
+#                                                    frame before stays
+#
+# In a test, which plays one whole game and learns nothing, all is `done` where
+# the game is over and nowhere else, and nothing is ever `truncated`.
 FAMILIES = (
-  ('gym:ALE/', AtariEnvironment),
-  ('gym:Vizdoom', VizdoomEnvironment),
-  ('gym:MiniGrid-', MiniGridEnvironment),
-  ('gym:BabyAI-', MiniGridEnvironment),
   ('gym:', GymEnvironment),
   ('', PyProcessDmLab),
 )
@@ -661,9 +674,15 @@ class FlowEnvironment:
     with tf.control_dependencies(tf.nest.flatten(observation)):
       info = StepOutputInfo(tf.constant(0.0), tf.constant(0))
       state = tf.nest.map_structure(tf.identity, info)
-    return StepOutput(
-      tf.constant(0.0), info, tf.constant(True), observation
-    ), state
+    output = StepOutput(
+      reward=tf.constant(0.0),
+      info=info,
+      done=tf.constant(True),
+      observation=observation,
+      game_over=tf.constant(False),
+      truncated=tf.constant(False),
+    )
+    return output, state
 
   def step(self, action, state):
     """Makes one agent step.
@@ -674,17 +693,21 @@ class FlowEnvironment:
 
     Returns:
       A `StepOutput`, whose info includes this step, and the next state. With
-      `done`, the info is that of the ended episode and the state is zero.
+      `game_over`, the info is that of the whole game and the state is zero.
     """
     import tensorflow.compat.v1 as tf
 
     with tf.control_dependencies(tf.nest.flatten(state)):
-      reward, done, observation = self._env.step(action)
+      reward, done, observation, *ends = self._env.step(action)
+    # Environments as in DeepMind's release tell of nothing but `done`.
+    game_over, truncated = ends or (done, tf.zeros_like(done))
     with tf.control_dependencies(tf.nest.flatten(observation)):
       info = StepOutputInfo(
-        state.episode_return + reward, state.episode_step + 1
+        state.episode_return + reward,
+        state.episode_step + tf.cast(~truncated, tf.int32),
       )
       next_state = tf.nest.map_structure(
-        lambda value: tf.where(done, tf.zeros_like(value), value), info
+        lambda value: tf.where(game_over, tf.zeros_like(value), value), info
       )
-    return StepOutput(reward, info, done, observation), next_state
+    output = StepOutput(reward, info, done, observation, game_over, truncated)
+    return output, next_state

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ import pytest
 import tensorflow.compat.v1 as tf
 
 import environments
+import gym_kinds
 import py_process
+import vtrace
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _STAND_IN = os.path.join(_FOLDER, 'fake_deepmind_lab', 'deepmind_lab.py')
@@ -102,7 +105,7 @@ def _frames(process, actions):
   """Returns the frames of an episode's beginning."""
   frames = [process.call('initial')[0]]
   for action in actions:
-    frames.append(process.call('step', action)[2][0])
+    frames.append(process.call('step', action).observation[0])
   return np.stack(frames)
 
 
@@ -112,10 +115,8 @@ def _frames(process, actions):
 @pytest.mark.parametrize(
   ('level', 'family'),
   [
-    ('gym:ALE/Pong-v5', environments.AtariEnvironment),
-    ('gym:VizdoomBasic-v1', environments.VizdoomEnvironment),
-    ('gym:MiniGrid-Empty-5x5-v0', environments.MiniGridEnvironment),
-    ('gym:BabyAI-GoToObj-v0', environments.MiniGridEnvironment),
+    ('gym:ALE/Pong-v5', environments.GymEnvironment),
+    ('gym:VizdoomBasic-v1', environments.GymEnvironment),
     ('gym:CarRacing-v3', environments.GymEnvironment),
     ('gym:toy_gym:Rgb-v0', environments.GymEnvironment),
     ('seekavoid_arena_01', environments.PyProcessDmLab),
@@ -646,8 +647,9 @@ def test_gym_grey_frames_get_a_channel():
       assert frame.dtype == np.uint8
       assert frame.shape == (4, 6, 1)
       assert instruction == b''
-      reward, done, (frame, _) = process.call('step', 2)
-      assert (reward, done) == (12.0, False)
+      step = process.call('step', 2)
+      assert step[:2] == (12.0, False)
+      frame, _ = step.observation
       assert frame[0, [0, 1, 3], 0].tolist() == [1, 1, 2]
       np.testing.assert_array_equal(
         frame[1:, :, 0], 10 * np.arange(18).reshape(3, 6)
@@ -680,30 +682,135 @@ def test_gym_actions_may_start_anywhere():
   assert _spec(level).action_set.tolist() == [-1, 0, 1]
   with _playing(level, num_action_repeats=1) as process:
     process.call('initial')
-    assert [process.call('step', a)[0] for a in (-1, 0, 1)] == [9, 20, 31]
+    rewards = [process.call('step', a).reward for a in (-1, 0, 1)]
+  assert rewards == [9, 20, 31]
 
 
 def test_gym_repeats_sum_the_rewards_and_stop_at_the_end():
   with _playing('gym:toy_gym:Grey-v0', **_TOY_SIZE) as process:
     process.call('initial')
     steps = [process.call('step', action) for action in (0, 1, 2, 0)]
-  rewards, done, observations = zip(*steps, strict=True)
+  rewards, done, observations, game_over, _ = zip(*steps, strict=True)
   # 10 + ... + 40, 50 + ... + 80 and an action of 1, 90 + 100 and one of 2.
   assert rewards == (100.0, 264.0, 194.0, 100.0)
-  assert done == (False, False, True, False)
+  assert done == game_over == (False, False, True, False)
   told = [frame[0, :2, 0].tolist() for frame, _ in observations]
   assert told == [[4, 1], [8, 1], [0, 2], [4, 2]]
 
 
+def _check_cut(steps, end, reward):
+  """Checks that step `end`, of some reward, is cut off, and no other step."""
+  for i, step in enumerate(steps):
+    is_cut = i == end + 1
+    assert step.done == step.game_over == step.truncated == is_cut
+  assert steps[end].reward == reward
+  assert steps[end + 1].reward == 0
+
+
 @pytest.mark.parametrize(('name', 'length'), [('Cut', 10), ('Limit', 5)])
-def test_gym_truncation_ends_the_episode(name, length):
+def test_gym_truncation_has_an_entry_of_its_own(name, length):
   with _playing(
     f'gym:toy_gym:{name}-v0', **_TOY_SIZE, num_action_repeats=1
   ) as process:
     process.call('initial')
-    steps = [process.call('step', 0) for _ in range(length)]
-  assert [done for _, done, _ in steps] == [False] * (length - 1) + [True]
-  assert steps[-1][2][0][0, :2, 0].tolist() == [0, 2]
+    steps = [process.call('step', 1) for _ in range(length + 2)]
+  _check_cut(steps, length - 1, 10 * length + 1)
+  told = [
+    step.observation[0][0, :2, 0].tolist() for step in steps[length - 1 :]
+  ]
+  # The last of the episode, the first of the next one, and its second.
+  assert told == [[length, 1], [0, 2], [1, 2]]
+
+
+def test_gym_truncation_in_the_midst_of_repeated_actions():
+  with _playing('gym:toy_gym:Limit-v0', **_TOY_SIZE) as process:
+    process.call('initial')
+    steps = [process.call('step', 0) for _ in range(4)]
+  _check_cut(steps, 1, 50.0)
+  assert [step.reward for step in steps] == [100.0, 50.0, 0.0, 100.0]
+
+
+def test_gym_end_that_is_also_a_limit_is_an_end():
+  level = 'gym:toy_gym:Grey-v0?max_episode_steps=10'
+  with _playing(level, **_TOY_SIZE, num_action_repeats=1) as process:
+    process.call('initial')
+    steps = [process.call('step', 0) for _ in range(11)]
+  assert [step.done for step in steps] == [False] * 9 + [True, False]
+  assert [step.game_over for step in steps] == [step.done for step in steps]
+  assert not any(step.truncated for step in steps)
+
+
+@pytest.mark.parametrize('name', ['Cut', 'Grey'])
+def test_gym_test_is_over_at_any_end(name):
+  with _playing(
+    f'gym:toy_gym:{name}-v0', **_TOY_SIZE, num_action_repeats=1, is_test=True
+  ) as process:
+    process.call('initial')
+    steps = [process.call('step', 1) for _ in range(15)]
+  assert [step.done for step in steps] == [False] * 9 + [True] + [False] * 5
+  assert steps[9].game_over
+  assert steps[9].reward == 101
+  assert steps[9].observation[0][0, :2, 0].tolist() == [10, 1]
+  _check_silence(steps[9:])
+
+
+def _unroll(level, num_steps):
+  """Returns a `StepOutput` of [num_steps], of a level in the graph."""
+  settings = _settings(**_TOY_SIZE, num_action_repeats=1)
+  family = environments.family_of(level)
+  spec = family.describe(level, settings)
+  process = family.create(level, 1, settings, spec)
+  env = environments.FlowEnvironment(process.proxy)
+  output, _ = tf.scan(
+    lambda last, action: env.step(action, last[1]),
+    tf.zeros([num_steps], tf.int32),
+    env.initial(),
+  )
+  return _run(output)[0]
+
+
+def test_gym_accounts_leave_out_the_entry_of_a_truncation():
+  output = _unroll('gym:toy_gym:Grey-v0?length=3&truncates=true', 9)
+  np.testing.assert_array_equal(
+    output.info.episode_return, [10, 30, 60, 60, 10, 30, 60, 60, 10]
+  )
+  np.testing.assert_array_equal(
+    output.info.episode_step, [1, 2, 3, 3, 1, 2, 3, 3, 1]
+  )
+  np.testing.assert_array_equal(np.flatnonzero(output.game_over), [3, 7])
+  np.testing.assert_array_equal(output.truncated, output.game_over)
+  np.testing.assert_array_equal(output.done, output.game_over)
+
+
+@pytest.mark.parametrize('is_cut', [True, False])
+def test_true_values_are_what_a_learner_as_described_converges_to(is_cut):
+  # Each step gives 1; episodes of 3 steps. If time only cuts them off, what is
+  # to come is the same everywhere: 1 / (1 - discounting).
+  discounting, num_steps = 0.9, 11
+  output = _unroll(
+    f'gym:toy_gym:Ones-v0?length=3&truncates={is_cut}', num_steps
+  )
+  if is_cut:
+    values = np.full(num_steps + 1, 1 / (1 - discounting))
+  else:
+    left = 3 - np.arange(num_steps + 1) % 3
+    values = (1 - discounting**left) / (1 - discounting)
+  values = values.astype(np.float32)[:, np.newaxis]
+  truncated, done = output.truncated[:, np.newaxis], output.done[:, np.newaxis]
+  assert truncated.any() == is_cut
+  assert done.any()
+  # As the module's docstring says.
+  returns = vtrace.from_importance_weights(
+    log_rhos=np.log(np.linspace(0.5, 2, num_steps))[:, np.newaxis],
+    discounts=np.where(done, 0, discounting),
+    rewards=np.where(truncated, values[:-1], output.reward[:, np.newaxis]),
+    values=values[:-1],
+    bootstrap_value=values[-1],
+  )
+  with tf.Session() as session:
+    targets, advantages = session.run(returns)
+  np.testing.assert_allclose(targets, values[:-1], rtol=1e-5)
+  np.testing.assert_allclose(advantages, 0, atol=1e-5)
 
 
 def test_gym_frames_are_resized():
@@ -724,7 +831,7 @@ def _random_numbers(seed):
     frames = [process.call('initial')[0]]
     for _ in range(5):
       for _ in range(3):
-        frame = process.call('step', 0)[2][0]
+        frame, _ = process.call('step', 0).observation
       frames.append(frame)
   return [int(frame[0, 2, 0]) for frame in frames]
 
@@ -760,6 +867,255 @@ def test_gym_refuses_in_one_sentence(level, reason):
   assert re.search(reason, sentence), sentence
 
 
+# --- Rewards, actions and arguments of Gymnasium environments ---------------
+
+
+@pytest.mark.parametrize(
+  ('reward', 'value'),
+  [
+    ('nan', 'nan'),
+    ('inf', '-inf'),
+    ('large', '1e+39'),
+    ('none', 'None'),
+    ('text', 'much'),
+    ('several', '[1. 1.]'),
+  ],
+)
+def test_gym_reward_that_is_no_finite_number_is_an_error(reward, value):
+  level = f'gym:toy_gym:Rewarding-v0?reward={reward}'
+  with _playing(level, num_action_repeats=1) as process:
+    process.call('initial')
+    for _ in range(2):
+      process.call('step', 0)
+    with pytest.raises(py_process.ProcessError) as error:
+      process.call('step', 0)
+  sentence = str(error.value).rstrip().rpartition('ValueError: ')[2]
+  assert sentence == (
+    f'{level} gave {value} as the reward of step 3 of a game, but rewards must '
+    'be finite numbers'
+  )
+
+
+@pytest.mark.parametrize(
+  ('reward', 'value'), [('bool', 1.0), ('array', 2.5), ('fraction', 2.5)]
+)
+def test_gym_rewards_of_other_types(reward, value):
+  level = f'gym:toy_gym:Rewarding-v0?reward={reward}'
+  with _playing(level, num_action_repeats=1) as process:
+    process.call('initial')
+    rewards = [process.call('step', 0).reward for _ in range(4)]
+  assert rewards == [10, 20, value, 40]
+
+
+def test_dmlab_reward_that_is_no_finite_number_is_an_error(lab, monkeypatch):
+  env = _dmlab(repeats=3)
+  env.initial()
+  env.step(_FORWARD)
+  monkeypatch.setattr(lab.Lab, 'step', lambda *args, **kwargs: float('nan'))
+  with pytest.raises(ValueError, match=r'seekavoid_arena_01 gave nan .* 2 '):
+    env.step(_FORWARD)
+
+
+def test_gym_actions_are_integers_of_the_spaces_dtype():
+  with _playing('gym:toy_gym:Typed-v0', num_action_repeats=1) as process:
+    process.call('initial')
+    assert [process.call('step', a).reward for a in range(3)] == [1, 1, 1]
+
+
+def test_gym_arguments_are_given_to_the_environment():
+  level = 'gym:toy_gym:Grey-v0?start=-1&layout=Rgb&truncates=true&length=2'
+  assert _spec(level).action_set.tolist() == [-1, 0, 1]
+  assert _spec(level).frame_shape == (72, 96, 3)
+  with _playing(level, num_action_repeats=1) as process:
+    process.call('initial')
+    steps = [process.call('step', 1) for _ in range(3)]
+  _check_cut(steps, 1, 21)
+
+
+@pytest.mark.parametrize(
+  ('text', 'value'),
+  [
+    ('3', 3),
+    ('-2.5', -2.5),
+    ('true', True),
+    ('True', True),
+    ('False', False),
+    ('None', None),
+    ('null', None),
+    ('[1,2]', [1, 2]),
+    ('"3"', '3'),
+    ('a%26b', 'a&b'),
+    ('RES_160X120', 'RES_160X120'),
+    ('', ''),
+  ],
+)
+def test_gym_values_of_arguments(text, value):
+  name, arguments = gym_kinds.parse_level(f'gym:m:A-v0?x={text}&y=1')
+  assert name == 'm:A-v0'
+  assert arguments == {'x': value, 'y': 1}
+  assert type(arguments['x']) is type(value)
+
+
+@pytest.mark.parametrize(
+  ('level', 'reason'),
+  [
+    ('gym:toy_gym:Grey-v0?length', 'as in key=value&key=value'),
+    (
+      'gym:toy_gym:Grey-v0?lenght=3',
+      "has no argument 'lenght', but layout, length, start, truncates",
+    ),
+    # Of a class that passes what it doesn't know on to the class it is of.
+    (
+      'gym:toy_levels:MyLevel-v0?lenght=3',
+      "has no argument 'lenght', but .* length, .* see_through_walls",
+    ),
+    ('gym:VizdoomBasic-v1?no_such=3', 'ViZDoom has no setting no_such=3'),
+    ('gym:VizdoomBasic-v1?screen_format=X', 'no setting screen_format=X'),
+    ('gym:VizdoomBasic-v1?frame_skip=2', 'set by --num_action_repeats'),
+    ('gym:ALE/Pong-v5?frameskip=2', 'set by --num_action_repeats'),
+    ('gym:ALE/Pong-v5?sticky=2', "has no argument 'sticky', but .*difficulty"),
+    ('gym:no/such/file.cfg', 'there is no file /.*/no/such/file.cfg'),
+    # The whole message, which has two lines.
+    (
+      'gym:toy_gym:Secretive-v0',
+      'played: RuntimeError: no licence file see http://localhost.$',
+    ),
+  ],
+)
+def test_gym_refuses_arguments_in_one_sentence(level, reason):
+  assert re.search(reason, _refusal(level)), _refusal(level)
+
+
+# --- What environments are, whatever their names ----------------------------
+
+
+def _frames_of(level, **settings):
+  """Returns frames, instructions and rewards of the beginning of a game."""
+  with _playing(level, **settings) as process:
+    observations, rewards = [process.call('initial')], []
+    for action in (2, 2, 1, 3) * 5:
+      step = process.call('step', action)
+      observations.append(step.observation)
+      rewards.append(step.reward)
+  frames, instructions = zip(*observations, strict=True)
+  return np.stack(frames), instructions, np.array(rewards)
+
+
+@pytest.mark.parametrize(
+  ('name', 'library'),
+  [
+    ('MiniGrid-DoorKey-5x5-v0', 'minigrid'),
+    ('BabyAI-GoToObj-v0', 'minigrid'),
+    ('ALE/Pong-v5', 'ale_py'),
+    ('VizdoomBasic-v1', 'vizdoom.gymnasium_wrapper'),
+  ],
+)
+def test_module_before_the_id_changes_nothing(name, library):
+  level, other = f'gym:{name}', f'gym:{library}:{name}'
+  for ours, theirs in zip(_spec(level), _spec(other), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  for ours, theirs in zip(_frames_of(level), _frames_of(other), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_minigrid_level_of_a_user_is_seen_as_a_picture():
+  level = 'gym:toy_levels:MyLevel-v0'
+  with _playing(level, num_action_repeats=1, height=56, width=56) as process:
+    frame, instruction = process.call('initial')
+    steps = [process.call('step', 0) for _ in range(6)]
+  assert instruction == b'walk to the end'
+  # Of 7x7 fields of 8x8 pixels: the agent is in the midst of the last row, and
+  # sees the green goal 3 fields ahead.
+  assert frame.shape == (56, 56, 3)
+  goal = frame[24:32, 24:32].reshape(-1, 3)
+  assert goal[:, 1].mean() > 2 * goal[:, [0, 2]].mean()
+  # Its own limit is a cut.
+  _check_cut(steps, 4, 0)
+
+
+def test_minigrid_wrappers_of_a_user_are_kept():
+  # The program draws what these show as codes: the whole level, 6x3 fields.
+  size = {'height': 24, 'width': 48, 'num_action_repeats': 1}
+  whole, _, _ = _frames_of('gym:toy_levels:MyWhole-v0', **size)
+  goal = whole[0][8:16, 32:40].reshape(-1, 3)
+  assert goal[:, 1].mean() > 2 * goal[:, [0, 2]].mean()
+  # And this one shows it as a picture, in its own size.
+  drawn, _, _ = _frames_of(
+    'gym:toy_levels:MyDrawn-v0', height=15, width=30, num_action_repeats=1
+  )
+  goal = drawn[0][5:10, 20:25].reshape(-1, 3)
+  assert goal[:, 1].mean() > 2 * goal[:, [0, 2]].mean()
+  assert 'dict with an image' in _refusal('gym:toy_levels:MyCodes-v0')
+
+
+def test_atari_game_of_a_user_is_preprocessed():
+  spec = _spec('gym:toy_levels:MyPong-v0')
+  assert spec.frame_shape == (84, 84, 4)
+  frames, _, rewards = _frames_of('gym:ALE/Pong-v5')
+  frames_, _, rewards_ = _frames_of('gym:toy_levels:MyPong-v0')
+  np.testing.assert_array_equal(frames, frames_)
+  np.testing.assert_array_equal(2 * rewards, rewards_)
+  # People see the newest of the four.
+  picture = environments.family_of('gym:toy_levels:MyPong-v0').picture(
+    frames[5], spec
+  )
+  np.testing.assert_array_equal(picture, frames[5][..., 3:])
+  assert "takes no argument 'frameskip'" in _refusal(
+    'gym:toy_levels:MyRigidPong-v0'
+  )
+  assert 'register it without' in _refusal(
+    'gym:toy_levels:MyPreprocessedPong-v0'
+  )
+
+
+def test_atari_arguments_of_a_user():
+  level = 'gym:ALE/Breakout-v5?full_action_space=true'
+  assert _spec('gym:ALE/Breakout-v5').action_set.tolist() == [0, 1, 2, 3]
+  assert _spec(level).action_set.tolist() == list(range(18))
+  # 400 frames, of which up to 30 are no-ops, 4 to a step.
+  level = 'gym:ALE/Pong-v5?max_num_frames_per_episode=400'
+  with _playing(level) as process:
+    process.call('initial')
+    steps = [process.call('step', 0) for _ in range(102)]
+  (end,) = (i for i, step in enumerate(steps) if step.truncated)
+  assert 92 <= end - 1 <= 100
+  _check_cut(steps[: end + 1], end - 1, steps[end - 1].reward)
+  # The next game begins like a game, not like the last one's end.
+  assert steps[end].done
+  assert steps[end].observation[0].std() > 0
+
+
+def test_vizdoom_scenario_of_a_user_is_repeated_by_the_engine():
+  frames, _, rewards = _frames_of(_DOOM)
+  frames_, _, rewards_ = _frames_of('gym:toy_levels:MyDoom-v0')
+  np.testing.assert_array_equal(frames, frames_)
+  np.testing.assert_array_equal(rewards, rewards_)
+
+
+def test_vizdoom_scenario_file(tmp_path, monkeypatch):
+  import vizdoom
+
+  for ending in ('cfg', 'wad'):
+    shutil.copy(
+      os.path.join(vizdoom.scenarios_path, f'basic.{ending}'),
+      tmp_path / f'mine.{ending}',
+    )
+  config = tmp_path / 'mine.cfg'
+  text = config.read_text().replace('basic.wad', 'mine.wad')
+  config.write_text(
+    text.replace('episode_timeout = 300', 'episode_timeout = 40')
+  )
+  monkeypatch.chdir(tmp_path)
+  frames, _, _ = _frames_of(_DOOM)
+  for level in ('gym:mine.cfg', f'gym:{config}?living_reward=-2'):
+    assert _spec(level).action_set.tolist() == [0, 1, 2, 3]
+    with _playing(level) as process:
+      frame, _ = process.call('initial')
+      steps = [process.call('step', 0) for _ in range(12)]
+    np.testing.assert_array_equal(frame, frames[0])
+    _check_cut(steps, 9, -8 if 'living' in level else -4)
+
+
 def test_minigrid_mission_is_the_instruction():
   level = 'gym:MiniGrid-DoorKey-5x5-v0'
   assert _spec(level).action_set.tolist() == list(range(7))
@@ -771,7 +1127,7 @@ def test_minigrid_mission_is_the_instruction():
     assert frame.shape == (72, 96, 3)
     # A picture, and not the codes of objects, which are small numbers.
     assert frame.max() > 100
-    _, _, (turned, _) = process.call('step', 0)
+    turned, _ = process.call('step', 0).observation
     assert (turned != frame).any()
 
 
@@ -847,8 +1203,9 @@ def _fits(game, num_noops, initial, actions, steps):
   """Returns whether a raw game gives the frames and rewards of `steps`."""
   game.start(num_noops)
   return game.shows(initial) and all(
-    game.step(action) == (reward, False) and game.shows(frame)
-    for action, (reward, _, (frame, _)) in zip(actions, steps, strict=True)
+    game.step(action) == (step.reward, False)
+    and game.shows(step.observation[0])
+    for action, step in zip(actions, steps, strict=True)
   )
 
 
@@ -899,6 +1256,15 @@ def test_atari_seeds_reproduce_and_differ():
 _SERVE, _LEFT = 1, 3
 
 
+def _check_silence(steps):
+  """Checks that nothing happens after the first of some steps."""
+  last, _ = steps[0].observation
+  assert len(steps) > 1
+  for step in steps[1:]:
+    assert (step.reward, step.done, *step[3:]) == (0, False, False, False)
+    np.testing.assert_array_equal(step.observation[0], last)
+
+
 def _play_breakout(is_test):
   """Serves and stays in the corner, until all lives must be lost.
 
@@ -917,33 +1283,33 @@ def _play_breakout(is_test):
 def test_atari_life_lost_ends_the_episode_in_training_but_not_the_game():
   lives_at_ends = []
   actions, steps, game = _play_breakout(False)
-  for action, (reward, done, (frame, _)) in zip(actions, steps, strict=True):
+  for action, step in zip(actions, steps, strict=True):
     lives = game.lives
-    expected_reward, is_over = game.step(action)
-    assert reward == expected_reward
-    assert done == (game.lives < lives)
-    if done:
+    reward, is_over = game.step(action)
+    assert step.reward == reward
+    assert step.done == (game.lives < lives)
+    assert step.game_over == is_over
+    assert not step.truncated
+    if step.done:
       lives_at_ends.append(game.lives)
     if is_over:
       break
-    assert game.shows(frame)
+    assert game.shows(step.observation[0])
   assert lives_at_ends == [4, 3, 2, 1, 0]
 
 
 def test_atari_life_lost_does_not_end_the_episode_in_test():
   actions, steps, game = _play_breakout(True)
-  for action, (reward, done, (frame, _)) in zip(actions, steps, strict=True):
-    assert game.step(action) == (reward, done)
+  for action, step in zip(actions, steps, strict=True):
+    assert game.step(action) == (step.reward, step.done)
+    assert step.game_over == step.done
+    frame, _ = step.observation
     assert game.shows(frame)
-    if done:
+    if step.done:
       break
   assert game.lives == 0
   # Its end is not followed by another game.
-  after = steps[[done for _, done, _ in steps].index(True) + 1 :]
-  assert len(after) > 1
-  for reward, done, (last, _) in after:
-    assert (reward, done) == (0, False)
-    np.testing.assert_array_equal(last, frame)
+  _check_silence(steps[[step.done for step in steps].index(True) :])
 
 
 def test_atari_suite_has_all_actions_and_half_an_hour_per_game():
@@ -957,7 +1323,7 @@ def test_atari_suite_has_all_actions_and_half_an_hour_per_game():
       process.call('initial')
       for action in spec.action_set:
         process.call('step', action)
-  env = environments.AtariEnvironment('ALE/Pong-v5', 4, 1, 84, 84)
+  env = environments.GymEnvironment('ALE/Pong-v5', 4, 1)
   try:
     ale = env._env.unwrapped.ale
     assert ale.getInt('max_num_frames_per_episode') == 108_000
@@ -979,10 +1345,35 @@ def test_vizdoom_episodes():
     assert frame.std() > 10
     assert instruction == b''
     # Without moving: 300 tics, 4 to a step, at a reward of -1 each.
-    steps = [process.call('step', 0) for _ in range(76)]
-  assert [done for _, done, _ in steps] == [False] * 74 + [True, False]
-  assert {reward for reward, _, _ in steps} == {-4.0}
-  assert steps[74][2][0].std() > 10
+    steps = [process.call('step', 0) for _ in range(77)]
+  _check_cut(steps, 74, -4.0)
+  last, first = steps[74].observation[0], steps[75].observation[0]
+  assert last.std() > 10
+  assert first.std() > 10
+  # The engine shows nothing after the limit: the frame before it stays.
+  np.testing.assert_array_equal(last, steps[73].observation[0])
+  assert (first != last).any()
+
+
+def test_vizdoom_player_who_dies_ends_the_episode():
+  with _playing('gym:VizdoomTakeCover-v1', num_action_repeats=12) as process:
+    process.call('initial')
+    steps = [process.call('step', 0) for _ in range(200)]
+  ends = [step for step in steps if step.done]
+  assert ends
+  for step in steps:
+    assert step.done == step.game_over
+    assert not step.truncated
+
+
+def test_vizdoom_test_is_over_at_its_limit():
+  with _playing(_DOOM, is_test=True) as process:
+    process.call('initial')
+    steps = [process.call('step', 0) for _ in range(80)]
+  assert [step.done for step in steps] == [False] * 74 + [True] + [False] * 5
+  assert [step.game_over for step in steps] == [step.done for step in steps]
+  assert [step.reward for step in steps] == [-4.0] * 75 + [0.0] * 5
+  _check_silence(steps[74:])
 
 
 def test_vizdoom_seeds_reproduce_and_differ():

@@ -6,6 +6,7 @@ of the episode, a random number and the last action. A step's reward is 10 times
 its number plus the action.
 """
 
+import fractions
 import os
 import signal
 
@@ -167,5 +168,65 @@ class Dies(Toy):
     return observation
 
 
+class Ones(Toy):
+  """Gives a reward of 1 at each step."""
+
+  def __init__(self, **kwargs):
+    super().__init__('Grey', **kwargs)
+
+  def step(self, action):
+    observation, _, *rest = super().step(action)
+    return observation, 1, *rest
+
+
+# What the third step of an episode gives, by name.
+REWARDS = {
+  'nan': np.float64('nan'),
+  'inf': float('-inf'),
+  'large': 1e39,  # Infinite as a float32.
+  'none': None,
+  'text': 'much',
+  'several': np.ones(2),
+  'bool': np.True_,
+  'array': np.array([2.5], np.float16),
+  'fraction': fractions.Fraction(5, 2),
+}
+
+
+class Rewarding(Toy):
+  """Gives one of the `REWARDS` at the third step of its episodes."""
+
+  def __init__(self, reward):
+    super().__init__('Grey')
+    self._reward = REWARDS[reward]
+
+  def step(self, action):
+    observation, reward, *rest = super().step(action)
+    return observation, self._reward if self._num_steps == 3 else reward, *rest
+
+
+class Typed(Toy):
+  """Its reward is 1 for actions of its space's dtype."""
+
+  def __init__(self):
+    super().__init__('Grey')
+    self.action_space = spaces.Discrete(3, dtype=np.int16)
+
+  def step(self, action):
+    observation, _, *rest = super().step(action)
+    return observation, type(action) is np.int16, *rest
+
+
+class Secretive(Toy):
+  """Can't be made, and says why in two lines."""
+
+  def __init__(self):
+    raise RuntimeError('no licence file\n  see http://localhost')
+
+
+gym.register('Ones-v0', Ones)
+gym.register('Rewarding-v0', Rewarding)
+gym.register('Typed-v0', Typed)
+gym.register('Secretive-v0', Secretive)
 gym.register('Lengths-v0', Lengths)
 gym.register('Dies-v0', Dies, kwargs={'layout': 'Grey'})
