@@ -390,6 +390,38 @@ def vtrace_by_hand(target, behaviour, env, rho_bar, lambda_):
   return vs[:-1]
 
 
+@flagsaver.flagsaver(batch_size=3, unroll_length=5, entropy_cost=0.1)
+def test_nothing_is_learned_from_a_reset_after_a_time_limit(learner_batch):
+  """Losses are those of two unrolls, the first ending before the reset."""
+  env, behaviour = learner_batch
+  env.done[:], env.reward[3] = False, 0
+  env.done[3] = env.truncated[3] = env.game_over[3] = True
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow')
+    state = agent.initial_state(3)
+    target, _ = agent.unroll(
+      tf.constant(behaviour.action), constants(env), state
+    )
+    learner = experiment.build_learner(
+      agent, state, constants(env), constants(behaviour)
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      target = session.run(target)
+      output = session.run(learner)
+  expected = np.zeros(3)
+  for part in (slice(0, 3), slice(3, 6)):
+    logits, baseline, *inputs = tf.nest.map_structure(
+      lambda x, part=part: x[part],
+      (target.policy_logits, target.baseline, behaviour, env),
+    )
+    expected += numpy_losses(logits, baseline, *inputs, FLAGS.discounting)
+  losses = output.policy_gradient_loss, output.baseline_loss
+  np.testing.assert_allclose(losses, expected[:2], rtol=1e-3)
+  np.testing.assert_allclose(output.entropy, expected[2] / 15, rtol=1e-3)
+
+
 @flagsaver.flagsaver(batch_size=3, unroll_length=5)
 def test_learner_updates_the_statistics_of_frames(learner_batch):
   env, behaviour = learner_batch

@@ -135,6 +135,8 @@ def env_outputs(random, shape, instructions=('',)):
       np.zeros(shape, np.float32), np.zeros(shape, np.int32)
     ),
     done=random.random(shape) < 0.3,
+    game_over=np.zeros(shape, bool),
+    truncated=np.zeros(shape, bool),
     observation=(
       random.integers(0, 256, (*shape, *FRAME), np.uint8),
       random.choice(np.array(instructions, object), shape),
