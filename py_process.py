@@ -64,6 +64,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -94,6 +95,7 @@ _LIBRARY = os.path.join(
 _WORD = struct.Struct('<q')
 _BELL = struct.Struct('<2q')  # What the socket carries for each message.
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
+_SHARED_MEMORY = '/dev/shm'  # Where shm_open keeps what has a name.
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
@@ -361,12 +363,13 @@ def _encode(string):
 # --- In an environment's process --------------------------------------------
 
 
-def _work(channel, payload):
+def _work(channel, payload, older):
   """Answers calls until the program hangs up.
 
   Args:
     channel: `_Channel` to the program.
     payload: the pickled (class, args, kwargs) of the object.
+    older: inodes that were in /dev/shm before this process started.
 
   Returns:
     The exit code of the process.
@@ -383,7 +386,9 @@ def _work(channel, payload):
     answer_calls(channel, target)
   if hasattr(target, 'close'):
     target.close()
-  _free_shared_memory(os.getpid())  # While the object still has it mapped.
+  _free_shared_memory(
+    os.getpid(), older
+  )  # While the object still has it mapped.
   return 0
 
 
@@ -414,6 +419,7 @@ class _Child:
 
   status: int  # Write end of a pipe: first the pid, then the exit code.
   folder: str  # Working directory and place for temporary files.
+  older: frozenset  # Inodes that were in /dev/shm before it started.
 
 
 def _serve(control_fd, folder):
@@ -446,11 +452,11 @@ def _serve(control_fd, folder):
       command, pid = struct.unpack('<cq', message)
       if command == b'k':
         if pid in children:
-          _kill(pid)
+          _kill(pid, children[pid])
       else:
         _fork(children, folder, [control_fd, wakeup, wakeup_write], *fds)
-  for pid in children:
-    _kill(pid)
+  for pid, child in children.items():
+    _kill(pid, child)
   for pid in list(children):
     _bury(children, pid, os.waitpid(pid, 0)[1])
   shutil.rmtree(folder, ignore_errors=True)
@@ -465,6 +471,7 @@ def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
     with contextlib.suppress(Exception):
       __import__(module)
   server = os.getpid()
+  older = _shared_memory_inodes()
   try:
     folder = tempfile.mkdtemp(dir=parent_folder)
     pid = os.fork()
@@ -477,14 +484,14 @@ def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
     # Inherited ends of other pipes would hide the deaths of their owners.
     for fd in own_fds + [status] + [c.status for c in children.values()]:
       os.close(fd)
-    _run_child(server, connection, memory_fd, payload, folder)
+    _run_child(server, connection, memory_fd, payload, folder, older)
   os.close(connection)
   os.close(memory_fd)
-  children[pid] = _Child(status, folder)
+  children[pid] = _Child(status, folder, older)
   _report(status, pid)
 
 
-def _run_child(server, connection, memory_fd, payload, folder):
+def _run_child(server, connection, memory_fd, payload, folder, older):
   """Turns a fork of the server into an environment's process; never returns."""
   code = 1
   try:
@@ -497,7 +504,7 @@ def _run_child(server, connection, memory_fd, payload, folder):
     os.chdir(folder)
     os.environ['TMPDIR'] = tempfile.tempdir = folder
     connection = socket.socket(fileno=connection)
-    code = _work(_Channel(connection, memory_fd), payload)
+    code = _work(_Channel(connection, memory_fd), payload, older)
   except BaseException:
     traceback.print_exc()
   finally:
@@ -526,7 +533,7 @@ def _reap(children):
     if pid == 0:
       return
     if pid in children:
-      _kill_group(pid)
+      _kill_group(pid, children[pid])
       _bury(children, pid, status)
 
 
@@ -543,45 +550,72 @@ def _report(status, value):
     os.write(status, _word(value))
 
 
-def _kill(pid):
+def _kill(pid, child):
   """Kills a process that was not yet reaped, and its group."""
-  _kill_group(pid)
+  _kill_group(pid, child)
   os.kill(pid, signal.SIGKILL)  # If it has not yet got to its `setsid`.
 
 
-def _kill_group(group):
+def _kill_group(group, child):
   """Kills what is left of a process group.
 
   Environments may run helpers of their own which survive them: ViZDoom's engine
   does, and holds named shared memory that nobody would unlink.
   """
-  _free_shared_memory(group)
+  _free_shared_memory(group, child.older)
   with contextlib.suppress(ProcessLookupError):
     os.killpg(group, signal.SIGKILL)
 
 
-def _free_shared_memory(group):
-  """Unlinks the named shared memory that only a process group has mapped."""
+def _free_shared_memory(group, older):
+  """Unlinks the named shared memory that a process group made and left.
+
+  Files of others in that folder must stay. What the group made for itself is
+  new since its start, has no folder, belongs to this user, and is mapped shared
+  and writable by this group and by nobody else.
+
+  Args:
+    group: the id of the group.
+    older: inodes that were in /dev/shm before the group started.
+  """
   members, others = [], []
   for pid in map(int, filter(str.isdigit, os.listdir('/proc'))):
     with contextlib.suppress(OSError):
       (members if os.getpgid(pid) == group else others).append(pid)
-  files = set().union(*map(_shared_memory_files, members))
+  files = set().union(*(_mapped_shared_memory(m, 'rw-s') for m in members))
   if files:
-    files = files.difference(*map(_shared_memory_files, others))
-  for file in files:
+    files = files.difference(*map(_mapped_shared_memory, others))
+  for path, inode in files:
     with contextlib.suppress(OSError):
-      os.unlink(file)
+      status = os.lstat(path)
+      if (
+        os.path.dirname(path) == _SHARED_MEMORY
+        and stat.S_ISREG(status.st_mode)
+        and status.st_ino == inode  # Else the name is another file's by now.
+        and status.st_uid == os.geteuid()
+        and inode not in older
+      ):
+        os.unlink(path)
 
 
-def _shared_memory_files(pid):
-  """Returns the named shared memory that a process has mapped."""
+def _mapped_shared_memory(pid, permissions=''):
+  """Returns paths and inodes of what a process has mapped of /dev/shm."""
+  files = set()
+  with contextlib.suppress(OSError), open(f'/proc/{pid}/maps') as maps:
+    for line in maps:
+      _, mode, _, _, inode, *path = line.rstrip('\n').split(maxsplit=5)
+      if path and path[0].startswith(_SHARED_MEMORY) and permissions in mode:
+        files.add((path[0], int(inode)))
+  return files
+
+
+def _shared_memory_inodes():
+  """Returns the inodes of all that is in /dev/shm now."""
   try:
-    with open(f'/proc/{pid}/maps') as maps:
-      paths = {line.split(maxsplit=5)[-1].strip() for line in maps}
-  except OSError:
-    return set()
-  return {path for path in paths if path.startswith('/dev/shm/')}
+    with os.scandir(_SHARED_MEMORY) as entries:
+      return frozenset(entry.inode() for entry in entries)
+  except OSError:  # There is none, or nobody may look into it.
+    return frozenset()
 
 
 # --- In the program ---------------------------------------------------------

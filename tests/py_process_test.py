@@ -3,6 +3,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -1373,6 +1375,113 @@ def test_helper_dies_with_its_process():
   assert _is_alive(helper)
   os.kill(process.pid, signal.SIGKILL)
   _eventually(lambda: not _is_alive(helper))
+
+
+class Mapper(Base):
+  """Maps files, and makes named shared memory of its own."""
+
+  SPECS = {'map': (), 'make': ArraySpec((), object), 'fork': ()}
+
+  def __init__(self):
+    self._kept = []
+
+  def map(self, path, how):
+    import mmap
+
+    writes = how == b'shared and writable'
+    with open(path, 'r+b' if writes else 'rb') as file:
+      self._kept.append(
+        mmap.mmap(
+          file.fileno(),
+          0,
+          mmap.MAP_SHARED if b'shared' in how else mmap.MAP_PRIVATE,
+          mmap.PROT_READ | (mmap.PROT_WRITE if writes else 0),
+        )
+      )
+
+  def make(self):
+    import multiprocessing.shared_memory
+
+    memory = multiprocessing.shared_memory.SharedMemory(create=True, size=100)
+    self._kept.append(memory)
+    return '/dev/shm/' + memory.name
+
+  def fork(self):
+    """Starts a helper that has the same mapped, as ViZDoom's engine has."""
+    if os.fork() == 0:
+      time.sleep(300)
+      os._exit(0)
+
+
+@pytest.fixture
+def shared_memory():
+  """A function that makes a file in /dev/shm, in a folder or not."""
+  folders = [tempfile.mkdtemp(dir='/dev/shm')]
+  files = []
+
+  def make(in_folder):
+    descriptor, path = tempfile.mkstemp(
+      dir=folders[0] if in_folder else '/dev/shm'
+    )
+    files.append(path)
+    os.write(descriptor, b'precious')
+    os.close(descriptor)
+    return path
+
+  yield make
+  for path in files:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(path)
+  os.rmdir(folders[0])
+
+
+@pytest.mark.parametrize('end', ['killed', 'closed'])
+@pytest.mark.parametrize(
+  ('how', 'in_folder', 'is_older'),
+  [
+    ('shared', False, True),
+    ('shared', False, False),
+    ('shared', True, False),
+    ('private', False, False),
+    ('private', True, False),
+    ('shared and writable', True, False),
+    ('shared and writable', True, True),
+    ('shared and writable', False, True),
+  ],
+)
+def test_files_of_others_in_shared_memory_are_kept(
+  how, in_folder, is_older, end, shared_memory
+):
+  if is_older:
+    foreign = shared_memory(in_folder)
+  process = _start(Mapper)
+  if not is_older:
+    foreign = shared_memory(in_folder)
+  process.call('map', foreign, how)
+  own = process.call('make').decode()
+  assert os.path.exists(own)
+  if end == 'killed':
+    process.call('fork')
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.exit_code(_SOON) == -signal.SIGKILL
+  else:
+    process.close()
+  assert not os.path.exists(own)
+  with open(foreign) as file:
+    assert file.read() == 'precious'
+
+
+def test_shared_memory_that_took_a_name_is_kept(shared_memory):
+  """The environment's own is gone already: the name is another file's."""
+  process = _start(Mapper)
+  own = process.call('make').decode()
+  os.rename(shared_memory(False), own)
+  process.call('fork')
+  os.kill(process.pid, signal.SIGKILL)
+  assert process.exit_code(_SOON) == -signal.SIGKILL
+  with open(own) as file:
+    assert file.read() == 'precious'
+  os.unlink(own)
 
 
 _SMALL = """
