@@ -95,6 +95,7 @@ _LIBRARY = os.path.join(
 _WORD = struct.Struct('<q')
 _BELL = struct.Struct('<2q')  # What the socket carries for each message.
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
+_KILL_SECONDS = 5.0  # What a killed process has to vanish.
 _SHARED_MEMORY = '/dev/shm'  # Where shm_open keeps what has a name.
 
 # linux/prctl.h
@@ -380,9 +381,9 @@ def _work(channel, payload, older):
   except Exception as error:  # Whatever the class raises is the caller's.
     channel.send_error(error)
     return 1
-  channel.send('')
   answer_calls = getattr(_callee, 'answer_calls', _answer_calls)
   with contextlib.suppress(ConnectionError):  # The program is gone.
+    channel.send('')
     answer_calls(channel, target)
   if hasattr(target, 'close'):
     target.close()
@@ -709,14 +710,54 @@ class _ForkServer:
 
 
 def _is_readable(fd, timeout):
+  """Returns whether a descriptor can be read within a time; None: for ever."""
   poll = select.poll()  # `select.select` takes no descriptors above 1,023.
   poll.register(fd, select.POLLIN)
-  return bool(poll.poll(timeout * 1000))
+  return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 _fork_server = _ForkServer()
 _numbers = itertools.count(1)
 _open = {}  # The started processes by number.
+_call_timeout = None  # In seconds.
+
+
+def set_call_timeout(seconds):
+  """Limits how long a call of a method, or a constructor, may take.
+
+  A process that takes longer, or that somebody stopped, is killed with its
+  helpers, and the call fails like one of a process that died.
+
+  Args:
+    seconds: the limit for all processes; None, as at first, for no limit.
+  """
+  global _call_timeout
+  _call_timeout = seconds
+  if seconds is not None:
+    _start_watch()
+
+
+@functools.cache
+def _start_watch():
+  threading.Thread(target=_watch, name='py_process_watch', daemon=True).start()
+
+
+def _watch():
+  """Kills processes that take too long for calls of the compiled operation."""
+  durations = {}  # Of the calls under way, by their numbers.
+  while True:
+    limit = _call_timeout
+    interval = 1.0 if limit is None else min(1.0, limit / 10)
+    time.sleep(interval)
+    last_durations, durations = durations, {}
+    for process in list(_open.values()):
+      pid, call = process.pid, process._call_under_way()
+      if not call:
+        continue
+      # Not by the clock: while this program is stopped, no call gets older.
+      durations[call] = last_durations.get(call, -interval) + interval
+      if limit is not None and durations[call] >= limit:
+        process._time_out(pid, call, limit)
 
 
 class PyProcess:
@@ -736,7 +777,7 @@ class PyProcess:
     self._arguments = inspect.signature(cls).bind(*args, **kwargs)
     self._number = next(_numbers)
     self._lock = threading.Lock()  # Of the channel.
-    self._status_lock = threading.Lock()
+    self._status_lock = threading.Lock()  # Taken after the other.
     self._channel = None
     self._status = None
     self._pid = None
@@ -816,15 +857,16 @@ class PyProcess:
     Returns:
       The exit code; -N if signal N killed it.
     """
-    status = self._status
-    if status is None or not _is_readable(status, timeout):
-      return self._exit_code
-    with self._status_lock:
-      if self._exit_code is None:
+    with self._status_lock:  # Another thread may close the descriptor.
+      if (
+        self._exit_code is None
+        and self._status is not None
+        and _is_readable(self._status, timeout)
+      ):
         # No report at all: the fork server died, and took its children along.
-        word = os.read(status, 8) or _word(-signal.SIGKILL)
+        word = os.read(self._status, 8) or _word(-signal.SIGKILL)
         (self._exit_code,) = _WORD.unpack(word)
-    return self._exit_code
+      return self._exit_code
 
   def close(self):
     """Ends the process; calls under way fail with Cancelled."""
@@ -836,15 +878,17 @@ class PyProcess:
     payload = cloudpickle.dumps(
       (self._cls, self._arguments.args, self._arguments.kwargs)
     )
-    self._exit_code = None
-    self._channel, self._status, self._pid = _fork_server.spawn(
+    channel, status, pid = _fork_server.spawn(
       list(modules(constructor_kwargs)), payload
     )
+    with self._status_lock:
+      self._exit_code = None
+      self._channel, self._status, self._pid = channel, status, pid
     _open[self._number] = self
 
   def _await(self):
     """Waits until the object is made."""
-    error, _, _ = self._receive()
+    error, _, _ = self._receive('its constructor')
     if error:
       raise ProcessError(error)
     if _library() is not None:
@@ -857,9 +901,11 @@ class PyProcess:
     with self._lock:
       if self._channel is None:
         raise ProcessError('The process is not running; start it first.')
-      with contextlib.suppress(ConnectionError):  # Told by the receive.
+      try:
         self._channel.send(method, numbers, arguments)
-      error, _, results = self._receive()
+      except ConnectionError:
+        raise self._death() from None
+      error, _, results = self._receive(method)
     if error:
       raise ProcessError(error)
     for i, result in enumerate(results):
@@ -874,14 +920,40 @@ class PyProcess:
         )
     return results
 
-  def _receive(self):
+  def _receive(self, method):
+    """Receives the answer to a call of a method."""
+    limit = _call_timeout
+    if not _is_readable(self._channel.filenos()[0], limit):
+      self._channel.hang_up()  # An answer that still comes is nobody's.
+      self._kill()
+      raise ProcessError(
+        f'An environment process took more than {limit:g} seconds for '
+        f'{method}; it was killed.'
+      )
     try:
       return self._channel.receive()
     except (EOFError, ConnectionError):
-      raise ProcessError(
-        f'The process of {self._cls.__name__} died with exit code '
-        f'{self.exit_code(timeout=1.0)}.'
-      ) from None
+      raise self._death() from None
+
+  def _death(self):
+    return ProcessError(
+      f'The process of {self._cls.__name__} died with exit code '
+      f'{self.exit_code(timeout=1.0)}.'
+    )
+
+  def _kill(self):
+    _fork_server.kill(self._pid)
+    self.exit_code(_KILL_SECONDS)
+
+  def _call_under_way(self):
+    """Returns the number of the operation's unanswered call; 0 if none."""
+    library = _library()
+    return 0 if library is None else library.call_under_way(self._number)
+
+  def _time_out(self, pid, call, seconds):
+    """Kills the process with this pid if a call is still under way."""
+    if _library().time_out(self._number, call, seconds):
+      _fork_server.kill(pid)
 
   def _hang_up(self):
     if _library() is not None:
@@ -891,7 +963,7 @@ class PyProcess:
       channel.hang_up()
 
   def _release(self):
-    with self._lock:
+    with self._lock, self._status_lock:
       # Two threads may close a process at once: one that restarts it, and one
       # that ends the program.
       if self._channel is None:
@@ -927,8 +999,7 @@ def close_all(processes):
   deadline = time.monotonic() + _CLOSE_SECONDS
   for process in processes:
     if process.exit_code(max(0, deadline - time.monotonic())) is None:
-      _fork_server.kill(process.pid)
-      process.exit_code(timeout=1.0)
+      process._kill()
     process._release()
 
 
@@ -1051,6 +1122,12 @@ class _Library:
     self._open.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     self._close = library.ImpalaCloseChannel
     self._close.argtypes = [ctypes.c_int64]
+    self.call_under_way = library.ImpalaCallUnderWay
+    self.call_under_way.argtypes = [ctypes.c_int64]
+    self.call_under_way.restype = ctypes.c_int64
+    self.time_out = library.ImpalaTimeOut
+    self.time_out.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double]
+    self.time_out.restype = ctypes.c_bool
 
   def call(self, number, method, arguments, dtypes, shapes):
     return self._ops.py_process_call(

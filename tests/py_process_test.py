@@ -988,6 +988,153 @@ def test_death_of_the_fork_server_ends_processes():
   assert not any(map(os.path.exists, folders))
 
 
+# --- Calls that take too long -----------------------------------------------
+
+
+@pytest.fixture
+def limit():
+  """Sets a limit for calls, in seconds, for one test."""
+  yield py_process.set_call_timeout
+  py_process.set_call_timeout(None)
+
+
+class Hanging(Base):
+  """Hangs where it is told to, with helpers, and can't be asked to end."""
+
+  SPECS = {'hang': (), 'nap': (), 'next': ArraySpec((), np.int32)}
+
+  def __init__(self, folder, hangs=False):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      signal.signal(number, signal.SIG_IGN)  # Helpers inherit it.
+    helper = subprocess.Popen(['sleep', '300'])
+    child = os.fork()
+    if child == 0:
+      time.sleep(300)
+      os._exit(0)
+    with open(os.path.join(folder, 'pids'), 'a') as file:
+      print(os.getpid(), helper.pid, child, file=file)
+    if hangs:
+      self.hang()
+
+  def hang(self):
+    while True:
+      time.sleep(1)
+
+  def nap(self):
+    time.sleep(0.1)
+
+  def next(self):
+    return 1
+
+
+def _read_pids(folder):
+  return [int(pid) for pid in (folder / 'pids').read_text().split()]
+
+
+@pytest.mark.parametrize(
+  ('caller', 'hang'),
+  [
+    pytest.param('operation', 'hang', marks=needs_op),
+    pytest.param('operation', 'stop', marks=needs_op),
+    ('Python', 'hang'),
+    ('Python', 'stop'),
+  ],
+)
+def test_hanging_call_ends_with_its_process(
+  caller, hang, limit, tmp_path, pool
+):
+  process = _start(Hanging, str(tmp_path))
+  method = 'hang'
+  if hang == 'stop':
+    method = 'next'
+    os.kill(process.pid, signal.SIGSTOP)
+  limit(0.5)
+  if caller == 'operation':
+    operation = getattr(process.proxy, method)()
+    call = pool.submit(_session().run, operation)
+    expected = tf.errors.DeadlineExceededError
+  else:
+    call = pool.submit(process.call, method)
+    expected = py_process.ProcessError
+  error = call.exception(_PATIENCE)
+  assert isinstance(error, expected), error
+  assert f'took more than 0.5 seconds for {method}; it was killed' in str(error)
+  assert process.exit_code(_SOON) == -signal.SIGKILL
+  pids = _read_pids(tmp_path)
+  assert len(pids) == 3
+  _eventually(lambda: not any(map(_is_alive, pids)))
+  with pytest.raises((tf.errors.OpError, py_process.ProcessError)):
+    process.call('next')
+  limit(None)
+  process.restart()
+  assert process.call('next') == 1
+  assert _run(process.proxy.next()) == 1
+
+
+@pytest.mark.parametrize('num_hanging', [1, 3])
+def test_hanging_constructor_ends_with_its_process(
+  num_hanging, limit, tmp_path, pool
+):
+  limit(0.5)
+  processes = [
+    py_process.PyProcess(Hanging, str(tmp_path), i < num_hanging)
+    for i in range(3)
+  ]
+  error = pool.submit(py_process.start_all, processes).exception(_PATIENCE)
+  assert isinstance(error, py_process.ProcessError), error
+  assert 'took more than 0.5 seconds for its constructor' in str(error)
+  pids = _read_pids(tmp_path)
+  assert len(pids) == 9
+  _eventually(lambda: not any(map(_is_alive, pids)))
+  limit(None)
+  processes[0].restart(hangs=False)
+  assert processes[0].call('next') == 1
+
+
+@needs_op
+def test_calls_behind_a_hanging_one_fail_with_it(limit, tmp_path, pool):
+  process, other = (_start(Hanging, str(tmp_path)) for _ in range(2))
+  hang, behind = process.proxy.hang(), process.proxy.next()
+  with _session() as session:
+    first = pool.submit(session.run, hang)
+    time.sleep(0.2)
+    calls = [first, *(pool.submit(session.run, behind) for _ in range(3))]
+    time.sleep(0.2)
+    limit(0.2)
+    for call in calls:
+      error = call.exception(_PATIENCE)
+      assert isinstance(error, tf.errors.DeadlineExceededError), error
+      assert 'for hang' in error.message
+    assert session.run(other.proxy.next()) == 1
+
+
+@needs_op
+def test_cancelled_call_that_hangs_ends_its_process(limit, tmp_path):
+  process = _start(Hanging, str(tmp_path))
+  hang = process.proxy.hang()
+  with _session() as session:
+    with pytest.raises(tf.errors.OpError):
+      session.run(hang, options=tf.RunOptions(timeout_in_ms=50))
+    limit(0.2)
+    assert process.exit_code(_PATIENCE) == -signal.SIGKILL
+    with pytest.raises(tf.errors.DeadlineExceededError, match='cancelled'):
+      session.run(process.proxy.next())
+
+
+def test_limit_is_for_each_call(limit, tmp_path):
+  """Neither for all of them, nor for the time between."""
+  process = _start(Hanging, str(tmp_path))
+  nap = process.proxy.nap()
+  limit(2.0)
+  with _session() as session:
+    for _ in range(15):
+      session.run(nap)
+      process.call('nap')
+    time.sleep(2.5)
+    session.run(nap)
+  assert process.exit_code() is None
+
+
 # --- Cancellation -----------------------------------------------------------
 
 
@@ -1051,6 +1198,30 @@ def test_two_threads_may_close_a_process():
       for closing in [pool.submit(process.close) for _ in range(2)]:
         closing.result(_PATIENCE)
       assert process.exit_code() == 0
+
+
+def test_exit_code_is_of_the_last_process():
+  """Also if another thread closes it meanwhile, and starts the next one."""
+  process = _start(Counter)
+  codes, stop = set(), threading.Event()
+
+  def ask():
+    while not stop.is_set():
+      codes.add(process.exit_code())
+
+  threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+  for thread in threads:
+    thread.start()
+  try:
+    for i in range(50):
+      process.restart(start=i)
+      assert _is_alive(process.pid)
+  finally:
+    stop.set()
+  for thread in threads:
+    thread.join(_PATIENCE)
+    assert not thread.is_alive()
+  assert codes <= {None, 0}
 
 
 @needs_op
@@ -1535,6 +1706,13 @@ _SMALL = """
   os.kill(process.pid, signal.SIGKILL)
   assert 'died' in error(fail)
   assert process.exit_code(5) == -9
+  process.restart()
+  assert session.run(result)['sum'] == 5
+  py_process.set_call_timeout(0.5)
+  os.kill(process.pid, signal.SIGSTOP)
+  assert 'took more than 0.5 seconds for add' in error(result['sum'])
+  assert process.exit_code(5) == -9
+  py_process.set_call_timeout(None)
   process.restart()
   assert session.run(result)['sum'] == 5
   print('library', py_process.has_library())
