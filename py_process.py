@@ -35,9 +35,8 @@ are little-endian:
           or all numbers of another array, row-major
 
 The string of a request is the name of a method, the dtypes are those of the
-results, the arrays are the arguments. The string of an answer is empty, or the
-traceback of an exception; it has no dtypes, its arrays are the flattened
-results.
+results, the arrays are the arguments. The string of an answer is empty, or
+describes an exception; it has no dtypes, its arrays are the flattened results.
 
 `py_process_ops.cc` is the caller's end for TensorFlow, `py_process_callee.cc`
 the end in the process; `_Channel` below is the same in Python, for calls from
@@ -60,6 +59,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
@@ -137,6 +137,75 @@ class ArraySpec:
 
 class ProcessError(RuntimeError):
   """The object in the process raised, or the process could not be reached."""
+
+
+# --- Failures ---------------------------------------------------------------
+
+# An exception travels as text, since errors of TensorFlow carry nothing else:
+# its message, the next line, its traceback. TensorFlow adds text of its own.
+_TRACEBACK = '\n\nIn the environment process:\n'
+_END = "(End of the environment's traceback.)"
+
+# What the errors of calls say if the environment is to blame. The operation has
+# the same texts.
+_FAILURES = [
+  re.compile(
+    r'An environment process (?P<reason>raised in [\w ]+:\n.*?)'
+    rf'(?:{_TRACEBACK}(?P<traceback>.*?))?\s*(?:\Z|{re.escape(_END)})',
+    re.DOTALL,
+  ),
+  re.compile(
+    r'An environment process (?P<reason>took more than [^;\n]*); it was killed'
+  ),
+  re.compile(r'The environment process (?P<reason>died)'),
+  re.compile(r'The process of \w+ (?P<reason>died)'),
+  re.compile(r'The environment process (?P<reason>sent a broken message)'),
+  re.compile(r'(?P<reason>Result \d+ of \w+ is [^\n]* promise [^\n]*)'),
+]
+
+
+class Failure(typing.NamedTuple):
+  """Why a call of an environment process failed."""
+
+  reason: str  # 'raised in step:\nValueError: its whole message', 'died', ...
+  traceback: str  # The environment's own; empty if it has not raised.
+
+
+def failure(error):
+  """Returns the `Failure` that an error tells of.
+
+  Args:
+    error: `tf.errors.OpError` or `ProcessError`.
+
+  Returns:
+    The `Failure`; None if no environment is to blame.
+  """
+  text = getattr(error, 'message', None) or str(error)
+  matches = [match for p in _FAILURES if (match := p.search(text))]
+  if not matches:
+    return None
+  # One that raised may have said anything in its message.
+  found = min(matches, key=lambda match: match.start()).groupdict()
+  return Failure(found['reason'].strip(), found.get('traceback') or '')
+
+
+def _describe_exception(error):
+  """Returns an exception's message and traceback, without our own frames."""
+  message = ''.join(traceback.format_exception_only(error)).strip()
+  trace = error.__traceback__
+  while trace and trace.tb_frame.f_code.co_filename == _THIS_FILE:
+    trace = trace.tb_next
+  if trace is None:  # It was raised here: a result can't be sent, for example.
+    return message
+  lines = traceback.format_exception(error.with_traceback(trace))
+  return message + _TRACEBACK + ''.join(lines).rstrip()
+
+
+_THIS_FILE = _describe_exception.__code__.co_filename
+
+
+def _raised(method, description):
+  return f'An environment process raised in {method}:\n{description}'
 
 
 # --- Messages ---------------------------------------------------------------
@@ -296,8 +365,8 @@ class _Channel:
     return layout if sent == dtypes else None
 
   def send_error(self, error):
-    """Sends the traceback of an exception instead of an answer."""
-    self.send(''.join(traceback.format_exception(error)))
+    """Sends a description of an exception instead of an answer."""
+    self.send(_describe_exception(error))
 
   def hang_up(self):
     with contextlib.suppress(OSError):
@@ -355,7 +424,11 @@ def _to_array(leaf, number):
 
 def _encode(string):
   if isinstance(string, str):
-    return string.encode()
+    try:
+      # Bytes that were no UTF-8 when they were decoded are themselves again.
+      return string.encode(errors='surrogateescape')
+    except UnicodeEncodeError:
+      return string.encode(errors='replace')
   if not isinstance(string, bytes):
     raise TypeError(f'A {type(string).__name__} can not be sent.')
   return string
@@ -506,12 +579,24 @@ def _run_child(server, connection, memory_fd, payload, folder, older):
     os.environ['TMPDIR'] = tempfile.tempdir = folder
     connection = socket.socket(fileno=connection)
     code = _work(_Channel(connection, memory_fd), payload, older)
+  except SystemExit as error:
+    code = _exit_code(error)
   except BaseException:
     traceback.print_exc()
   finally:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _exit_code(error):
+  """Returns the exit code that Python gives for a SystemExit."""
+  if error.code is None:
+    return 0
+  if isinstance(error.code, int):
+    return error.code & 0xFF
+  print(error.code, file=sys.stderr)
+  return 1
 
 
 def die_with(parent):
@@ -890,7 +975,7 @@ class PyProcess:
     """Waits until the object is made."""
     error, _, _ = self._receive('its constructor')
     if error:
-      raise ProcessError(error)
+      raise ProcessError(_raised('its constructor', error))
     if _library() is not None:
       _library().open_channel(self._number, self._channel)
 
@@ -907,7 +992,7 @@ class PyProcess:
         raise self._death() from None
       error, _, results = self._receive(method)
     if error:
-      raise ProcessError(error)
+      raise ProcessError(_raised(method, error))
     for i, result in enumerate(results):
       # A scalar string is `bytes`, and has neither.
       dtype, shape = getattr(result, 'dtype', object), np.shape(result)
@@ -1100,7 +1185,11 @@ def _build_call_in_python(number, method, arguments, dtypes, shapes):
       raise ProcessError(
         f'Environment process {number} is not running; start it first.'
       )
-    return process._request(method, dtypes, shapes, arguments)
+    try:
+      return process._request(method, dtypes, shapes, arguments)
+    except ProcessError as error:
+      # TensorFlow adds the traceback of this function.
+      raise ProcessError(f'{error}\n{_END}') from None
 
   results = tf.numpy_function(run, [number, *arguments], dtypes)
   if not dtypes:

@@ -264,8 +264,10 @@ absl::Status ReadResult(const Call& call, const char* memory, Bell bell) {
   int64_t num_dtypes, num_arrays;
   TF_RETURN_IF_ERROR(reader.String(&error));
   if (!error.empty()) {
+    // The text that `failure` in py_process.py looks for.
     return errors::Unknown("An environment process raised in ", *call.method,
-                           ":\n", error);
+                           ":\n", error,
+                           "\n(End of the environment's traceback.)");
   }
   TF_RETURN_IF_ERROR(reader.Word(&num_dtypes));  // Answers have none.
   TF_RETURN_IF_ERROR(reader.Word(&num_arrays));

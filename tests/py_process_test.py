@@ -4,6 +4,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import inspect
 import itertools
 import os
 import pickle
@@ -97,7 +98,7 @@ class Counter(Base):
     os._exit(code)
 
   def exit(self, code):
-    sys.exit(code)
+    sys.exit(int(code))
 
   def reset(self):
     self._count = 0
@@ -713,7 +714,6 @@ def test_calls_like_the_ones_before_are_not_worked_out(dtype, first, second):
     (object, np.array(['a'], object), np.array([1], object), 'can not be sent'),
     (object, 'x', np.zeros(1, '>f4'), 'can not be sent'),
     (object, 'x', True, 'is bool'),
-    (object, 'x', 'y\ud800', 'UnicodeEncodeError'),
     (np.float32, 1.0, (1.0, 2.0), 'returned 2 values'),
     pytest.param(np.float32, 1.0, 10**400, 'OverflowError', id='huge'),
     (np.int64, 1, 2**70, 'OverflowError'),
@@ -849,6 +849,151 @@ def test_exception_arrives_with_its_traceback():
     process.call('fail', 'x')
 
 
+_MESSAGES = [
+  'no licence file\nsee http://example.org',
+  'array([[1, 2]]) [[{{node x}}]]\n\n\t [[{{node y}}]]\nTraceback (most',
+  'The environment process died. An environment process took more than 1; it',
+  'Grüße',
+]
+
+
+class Raiser(Base):
+  """Raises what it is told to."""
+
+  SPECS = {'step': ArraySpec((), np.int32), 'chain': (), 'next': ()}
+
+  def __init__(self, message=None):
+    if message is not None:
+      raise ValueError(message)
+
+  def step(self, message):
+    self._look_up(message)
+
+  def _look_up(self, message):
+    raise ValueError(message.decode())
+
+  def chain(self, message):
+    try:
+      self._look_up(message)
+    except ValueError as error:
+      raise LookupError('an outer message\n') from error
+
+  def next(self):
+    pass
+
+
+def _error_of(call, *args):
+  try:
+    call(*args)
+  except (tf.errors.OpError, py_process.ProcessError) as error:
+    return error
+  raise AssertionError('There was no error.')
+
+
+def _line_of(function, text):
+  """Returns the number of the line of a function that has a text."""
+  lines, first = inspect.getsourcelines(function)
+  return first + next(i for i, line in enumerate(lines) if text in line)
+
+
+@pytest.mark.parametrize('message', _MESSAGES)
+def test_failure_tells_the_message_and_the_environments_own_frames(message):
+  process = _start(Raiser)
+  operation = process.proxy.step(message)
+  frames = [
+    f'line {_line_of(Raiser.step, "_look_up(")}, in step',
+    f'line {_line_of(Raiser._look_up, "raise")}, in _look_up',
+  ]
+  for error in (
+    _error_of(_run, operation),
+    _error_of(process.call, 'step', message),
+  ):
+    failure = py_process.failure(error)
+    assert failure.reason == f'raised in step:\nValueError: {message}'
+    lines = failure.traceback.split('\n')
+    assert lines[0] == 'Traceback (most recent call last):'
+    assert [
+      line.split(', ', 1)[1] for line in lines if 'File' in line
+    ] == frames
+    assert failure.traceback.endswith(f'\nValueError: {message}')
+  process.restart()
+  assert process.exit_code() is None
+  assert process.call('next') == ()
+
+
+@pytest.mark.parametrize('message', _MESSAGES)
+def test_failure_of_a_constructor(message):
+  process = py_process.PyProcess(Raiser, message)
+  failure = py_process.failure(_error_of(process.start))
+  assert failure.reason == f'raised in its constructor:\nValueError: {message}'
+  assert f'line {_line_of(Raiser.__init__, "raise")}, in' in failure.traceback
+  assert failure.traceback.count(', in ') == 1
+  assert process.exit_code() == 1
+  process.restart(message=None)
+  assert process.call('next') == ()
+
+
+def test_failure_has_the_causes_of_an_exception():
+  failure = py_process.failure(
+    _error_of(_start(Raiser).call, 'chain', 'an inner message')
+  )
+  assert failure.reason == 'raised in chain:\nLookupError: an outer message'
+  assert 'ValueError: an inner message' in failure.traceback
+  assert 'direct cause' in failure.traceback
+  assert 'py_process.py' not in failure.traceback
+
+
+def test_failures_without_an_exception():
+  process = _start(Counter)
+  dead = process.proxy.leave(3)
+  assert py_process.failure(_error_of(_run, dead)) == ('died', '')
+  process.restart()
+  error = _error_of(process.call, 'leave', 3)
+  assert py_process.failure(error) == ('died', '')
+  process = _start(Script, np.float32, [1.0, np.zeros(1)])
+  process.call('next')
+  failure = py_process.failure(_error_of(_run, process.proxy.next()))
+  assert 'Result 0 of next is double[1], its' in failure.reason
+
+
+def test_errors_of_the_program_are_no_failures():
+  error = _error_of(_run, tf.debugging.check_numerics(np.nan, 'not finite'))
+  assert py_process.failure(error) is None
+  error = _error_of(py_process.PyProcess(Counter).call, 'next')
+  assert py_process.failure(error) is None
+
+
+def test_exit_of_a_constructor():
+  class Exiting(Base):
+    def __init__(self, code):
+      sys.exit(code)
+
+  for code, expected in ((3, 3), (None, 0), ('no licence', 1)):
+    process = py_process.PyProcess(Exiting, code)
+    with pytest.raises(
+      py_process.ProcessError, match=f'died with exit code {expected}'
+    ):
+      process.start()
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    (b'caf\xe9'.decode(errors='surrogateescape'), b'caf\xe9'),
+    ('y\ud800', b'y?'),
+  ],
+)
+def test_text_without_encoding_arrives(text, expected, answer_calls):
+  giver = _Giver()
+  with _Line(answer_calls, giver) as line:
+    for giver.result in ('tan', text, text, 'red'):
+      error, (received,) = line.call('call', [object])
+      assert not error
+      assert received == (
+        expected if giver.result is text else giver.result.encode()
+      )
+
+
 def test_exception_in_constructor_ends_all():
   class Broken(Base):
     def __init__(self):
@@ -940,7 +1085,9 @@ def test_killed_process_is_noticed_and_restarted(during, other, pool):
     ('kill_itself', signal.SIGSEGV, -signal.SIGSEGV),
     ('kill_itself', signal.SIGKILL, -signal.SIGKILL),
     ('leave', 7, 7),
-    ('exit', 7, 1),
+    ('exit', 7, 7),
+    ('exit', 0, 0),
+    ('exit', -1, 255),
   ],
 )
 def test_exit_code_tells_how_a_process_ended(method, argument, code):
@@ -1702,6 +1849,13 @@ _SMALL = """
     assert got['sum'] == 5 and got['text'] == 'ä\\0'.encode(), got
     assert got['array'].shape == (2, 0, 3)
   assert 'ValueError: as ordered' in error(fail)
+  try:
+    session.run(fail)
+  except tf.errors.OpError as e:
+    reason, traceback = py_process.failure(e)
+  assert reason == 'raised in fail:\\nValueError: as ordered', reason
+  assert traceback.count('File') == 1, traceback
+  assert traceback.endswith('\\nValueError: as ordered'), traceback
   assert 'promise' in error(wrong), error(wrong)
   os.kill(process.pid, signal.SIGKILL)
   assert 'died' in error(fail)
