@@ -61,7 +61,15 @@ class ActorLoops(Actors):
   """
 
   def __init__(
-    self, actor, index, processes, fetches, on_unroll, max_restarts, seed_of
+    self,
+    actor,
+    index,
+    processes,
+    level_names,
+    fetches,
+    on_unroll,
+    max_restarts,
+    seed_of,
   ):
     """Prepares the loops; the session's start starts them.
 
@@ -69,16 +77,19 @@ class ActorLoops(Actors):
       actor: `ActorGraph`.
       index: int placeholder, which actor runs.
       processes: list of `PyProcess`, one per actor.
+      level_names: list of their levels' names.
       fetches: nest of tensors and ops to run with each unroll.
       on_unroll: function of the actor's index and the values of `fetches`,
         called after each unroll; says whether the actor goes on.
-      max_restarts: int, how often the process of an actor may be restarted.
+      max_restarts: int, how often the process of an actor may be restarted,
+        after it died, raised, or took too long.
       seed_of: function of an actor's index and the number of its restarts, that
         returns the seed of its environment.
     """
     self._actor = actor
     self._index = index
     self.processes = processes
+    self._level_names = level_names
     self._fetches = fetches
     self._on_unroll = on_unroll
     self._max_restarts = max_restarts
@@ -118,36 +129,59 @@ class ActorLoops(Actors):
       except tf.errors.OpError as error:
         if self.coord.should_stop():
           return
-        self._recover(actor, error)
+        self._recover(actor, error, state)
         # The rest of the episode is lost; the next one begins.
         state = None
       else:
         if not self._on_unroll(actor, values):
           return
 
-  def _recover(self, actor, error):
-    """Restarts the actor's process if it died, else raises the error."""
+  def _recover(self, actor, error, state):
+    """Restarts the actor's process if it failed, else raises the error."""
     process = self.processes[actor]
-    exit_code = process.exit_code(timeout=1.0)
-    if exit_code is None:
-      raise error
-    if self._restarts[actor] >= self._max_restarts:
-      raise py_process.ProcessError(
-        f'The environment process of actor {actor} died again, with '
-        f'{describe_exit(exit_code)}, after {self._restarts[actor]} restarts '
-        '(--max_environment_restarts).'
+    while True:
+      failure = py_process.failure(error)
+      if failure is None:
+        raise error
+      summary = self._describe(actor, failure, state)
+      if failure.traceback:
+        logging.error('%s', failure.traceback)
+      if self._restarts[actor] >= self._max_restarts:
+        raise py_process.ProcessError(
+          f'{summary} It was restarted {self._restarts[actor]} times before '
+          '(--max_environment_restarts).'
+        )
+      self._restarts[actor] += 1
+      logging.warning(
+        '%s Restart %d of at most %d.',
+        summary,
+        self._restarts[actor],
+        self._max_restarts,
       )
-    self._restarts[actor] += 1
-    logging.warning(
-      'The environment process of actor %d died with %s: restart %d of at '
-      'most %d.',
-      actor,
-      describe_exit(exit_code),
-      self._restarts[actor],
-      self._max_restarts,
+      try:
+        # With the old seed, it would play the same episodes again.
+        process.restart(seed=self._seed_of(actor, self._restarts[actor]))
+        return
+      except py_process.ProcessError as another:
+        if self.coord.should_stop():
+          return
+        error, state = another, None
+
+  def _describe(self, actor, failure, state):
+    """Returns a sentence on what happened to an actor's environment."""
+    reason = failure.reason
+    if reason == 'died':
+      exit_code = self.processes[actor].exit_code(timeout=1.0)
+      reason = f'died with {describe_exit(exit_code)}'
+    where = 'at its start'
+    if state is not None:
+      env_state = tf.nest.pack_sequence_as(self._actor.state, state).env_state
+      where = f'in the unroll from step {env_state.episode_step} of a game on'
+    seed = self._seed_of(actor, self._restarts[actor])
+    return (
+      f'The environment process of actor {actor} ({self._level_names[actor]}, '
+      f'seed {seed}), {where}, {reason}.'
     )
-    # With the old seed, it would play the same episodes again.
-    process.restart(seed=self._seed_of(actor, self._restarts[actor]))
 
 
 def start_threads(coord, functions):

@@ -184,8 +184,16 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
   'max_environment_restarts',
   10,
-  'How often the environment process of an actor may die and be restarted '
-  'before training stops, or that of a level before its test is given up.',
+  'How often the environment process of an actor may fail (die, raise, or take '
+  'too long) and be restarted before training stops, or that of a level before '
+  'its test is given up.',
+  lower_bound=0,
+)
+flags.DEFINE_float(
+  'environment_timeout_secs',
+  600,
+  'Seconds after which an environment that neither starts nor answers counts '
+  'as failed; 0 is off. DeepMind Lab may compile a map for a minute.',
   lower_bound=0,
 )
 
@@ -795,9 +803,13 @@ def _build_actor_for(game, agent, processes, noise_seeds=None):
   return actor, index
 
 
-def _actor_loops(actor, index, processes, fetches, on_unroll):
+def _actor_loops(game, actor, index, processes, fetches, on_unroll):
+  first = _first_environment()
+  level_names = [
+    game.names[(first + i) % len(game.names)] for i in range(len(processes))
+  ]
   return ActorLoops(
-    *(actor, index, processes, fetches, on_unroll),
+    *(actor, index, processes, level_names, fetches, on_unroll),
     max_restarts=FLAGS.max_environment_restarts,
     seed_of=_environment_seed,
   )
@@ -919,7 +931,8 @@ def _prepare_alone(game, agent):
   unroll = build_unroll(actor)
   queue = build_queue(unroll)
   loops = _actor_loops(
-    actor, index, processes, queue.enqueue(unroll), lambda actor, values: True
+    *(game, actor, index, processes, queue.enqueue(unroll)),
+    lambda actor, values: True,
   )
   return loops, build_training(agent, queue), queue
 
@@ -955,6 +968,8 @@ def _task_requirements(game):
     {
       '--level_name': FLAGS.level_name,
       '--torso': FLAGS.torso,
+      '--core': FLAGS.core,
+      '--normalize_frames': FLAGS.normalize_frames,
       '--unroll_length': FLAGS.unroll_length,
       '--num_action_repeats': FLAGS.num_action_repeats,
       'frame size (--height, --width)': list(game.spec.frame_shape),
@@ -1066,7 +1081,9 @@ def act():
       signals,
     )
     parameters = cluster.ParameterSync(client, agent, len(processes))
-    loops = _actor_loops(actor, index, processes, unroll, parameters.on_unroll)
+    loops = _actor_loops(
+      game, actor, index, processes, unroll, parameters.on_unroll
+    )
     config = _session_config(len(processes))
     config.device_count['GPU'] = 0  # Accelerators belong to the learner.
     try:
@@ -1333,6 +1350,7 @@ def main(_):
   )
   try:
     _check_flags()
+    py_process.set_call_timeout(FLAGS.environment_timeout_secs or None)
     run = act if FLAGS.job_name == 'actor' else train
     {'train': run, 'test': test}[FLAGS.mode]()
   except KeyboardInterrupt:  # Before anything was started.

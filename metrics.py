@@ -55,13 +55,19 @@ class Metrics:
     # Since the last time that all levels had one, for the suite's score.
     self._returns = collections.defaultdict(list)
     self._last_inference = np.zeros(3)
+    self._last_update = time.monotonic()
+    self._busy_seconds = 0.0  # Of the last update, apart from its wait.
+    self._reported_wait = 0.0  # Of a wait that has not ended yet.
     self._begin_period()
     self.global_step = None
 
   def add(self, update):
     """Takes the values of an `Update`."""
+    now = time.monotonic()
     with self._lock:
       self._updates.append(update)
+      self._busy_seconds = now - self._last_update - update.wait_seconds
+      self._last_update = now
       self.global_step = int(update.learner.global_step)
       # One row per unroll.
       for name, game_over, returns, steps in zip(
@@ -90,7 +96,9 @@ class Metrics:
     inference = np.array(inference)
     membership, membership_lines = self._actors.membership()
     with self._lock:
-      updates, seconds = self._updates, time.monotonic() - self._begin
+      now = time.monotonic()
+      updates, seconds = self._updates, now - self._begin
+      wait_share = self._wait_seconds(now) / seconds
       self._begin_period()
       played = {
         level: (len(episodes), *np.mean(episodes, axis=0))
@@ -100,14 +108,18 @@ class Metrics:
     batches, requests, waited = inference - self._last_inference
     self._last_inference = inference
     if not updates:
-      self._write(membership)
-      return ['No update of the learner in this period.', *membership_lines]
+      self._write({'learner_wait_share': wait_share, **membership})
+      return [
+        'No update of the learner in this period: it waits for data '
+        f'{wait_share:.0%} of the time.',
+        *membership_lines,
+      ]
     frames = len(updates) * self._frames_per_update
     values = {
       'environment_frames_per_second': frames / seconds,
       'agent_steps_per_second': frames / self._num_action_repeats / seconds,
       'learner_updates_per_second': len(updates) / seconds,
-      'learner_wait_share': sum(u.wait_seconds for u in updates) / seconds,
+      'learner_wait_share': wait_share,
       'queue_size': np.mean([u.queue_size for u in updates]),
       'policy_lag_updates': np.mean([u.policy_lag for u in updates]),
       'inference_batch_size': requests / max(batches, 1),
@@ -123,6 +135,18 @@ class Metrics:
       *self._lines(values, played, updates[-1].learner),
       *membership_lines,
     ]
+
+  def _wait_seconds(self, now):
+    """Returns how long the learner waited for data in the period so far.
+
+    The wait under way counts as well. How long it is can't be seen from here:
+    the update that follows it is taken to be as long as the last one.
+    """
+    under_way = max(0.0, now - self._last_update - self._busy_seconds)
+    ended = sum(update.wait_seconds for update in self._updates)
+    waited = ended + under_way - self._reported_wait
+    self._reported_wait = under_way
+    return min(max(0.0, waited), now - self._begin)
 
   def _begin_period(self):
     self._begin = time.monotonic()

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# Licensed under the Apache License, Version 2.0; see LICENSE.
 # Training on a Slurm cluster: the learner on the first node, actor tasks on the
 # others. Flags of experiment.py follow the script:
 #

@@ -20,7 +20,8 @@ _ALLOWED = {
   'errors': set(),
   'dmlab30': {'scores'},
   'atari57': {'scores'},
-  'environments': {'native', 'py_process'},
+  'environments': {'gym_kinds', 'native', 'py_process'},
+  'gym_kinds': set(),
   'agent': {'convolution', 'native', 'private_apis'},
 }
 _LICENSE = 'Licensed under the Apache License, Version 2.0; see LICENSE.'

@@ -1,0 +1,88 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of failing environments: real trainings in processes of their own."""
+
+import re
+import textwrap
+
+import pytest
+
+from helpers import TESTS, TOY, checkpoint_step, run
+
+
+def train(tmp_path, step, *flags):
+  """Trains with an environment whose `step` begins with some code."""
+  (tmp_path / 'faulty.py').write_text(
+    textwrap.dedent("""
+      import os, sys, time
+      import gymnasium as gym
+      import toy_gym
+
+      class Faulty(toy_gym.Toy):
+        def step(self, action):
+          if self._num_steps == 7:
+            self.fail()
+          return super().step(action)
+
+        def fail(self):
+          """)
+    + f'    {step}\n'
+    + "\ngym.register('Faulty-v0', Faulty, kwargs={'layout': 'Grey'})\n"
+  )
+  logdir = str(tmp_path / 'log')
+  code, output = run(
+    *TOY,
+    f'--logdir={logdir}',
+    '--level_name=gym:faulty:Faulty-v0',
+    '--num_actors=1',
+    '--batch_size=1',
+    *flags,
+    path=f'{tmp_path}:{TESTS}',
+  )
+  return code, output, logdir
+
+
+def test_exceptions_are_restarted_and_told_with_the_environments_traceback(
+  tmp_path,
+):
+  code, output, _ = train(
+    tmp_path,
+    "raise ArithmeticError('no licence\\nsee http://a.b')",
+    '--max_environment_restarts=2',
+  )
+  assert code == 1
+  assert output.count('Restart 1 of at most 2.') == 1
+  assert output.count('Restart 2 of at most 2.') == 1
+  assert output.count('It was restarted 2 times before') == 1
+  # The seeds differ, or the same would happen again.
+  assert len(set(re.findall(r'seed (\d+)', output))) == 3
+  assert 'actor 0 (gym:faulty:Faulty-v0' in output
+  assert 'from step 5 of a game on, raised in step' in output
+  # For each failure the environment's own lines, and its whole message twice:
+  # below its traceback and in the sentence.
+  assert output.count('in fail\n') == 3
+  assert output.count('ArithmeticError: no licence\nsee http://a.b') == 6
+  for foreign in ('tensorflow', 'actors.py", line', 'py_process.py", line'):
+    assert foreign not in output
+  # Each takes the lines of its way through gymnasium, and no more.
+  assert len(output.splitlines()) < 75
+
+
+@pytest.mark.parametrize(
+  ('step', 'reason'),
+  [
+    ('time.sleep(1000)', 'took more than 2 seconds for step'),
+    ('sys.exit(3)', 'died with exit code 3'),
+  ],
+)
+def test_environments_that_hang_or_exit_are_restarted(tmp_path, step, reason):
+  code, output, logdir = train(
+    tmp_path,
+    step,
+    '--environment_timeout_secs=2',
+    '--max_environment_restarts=1',
+  )
+  assert code == 1
+  assert f'{reason}. Restart 1 of at most 1.' in output
+  assert f'{reason}. It was restarted 1 times before' in output
+  assert 'Traceback' not in output
+  assert checkpoint_step(logdir) is not None
