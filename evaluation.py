@@ -513,12 +513,15 @@ class TestLoops(tf.train.SessionRunHook):
         f'return {unroll.info.episode_return[t]:.2f}',
         f'action {unroll.action[t + 1]}   value {unroll.baseline[t + 1]:.3f}',
       ]
-      add(self._game.family.picture(unroll.frame[t]), lines)
+      add(self._picture(unroll.frame[t]), lines)
     if end is not None:
       # The last frame stays for a second, with what its action brought.
       lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
       for _ in range(_VIDEO_FRAMES_PER_SECOND):
-        add(self._game.family.picture(unroll.frame[end - 1]), lines)
+        add(self._picture(unroll.frame[end - 1]), lines)
+
+  def _picture(self, frame):
+    return self._game.family.picture(frame, self._game.spec)
 
   def _explain(self, episode, error):
     """Returns why an episode could not be played."""

@@ -353,7 +353,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
 
   def act(state):
     # The agent doesn't see the episode's return and length.
-    env_output = state.env_output._replace(info=())
+    env_output = state.env_output._replace(info=(), game_over=(), truncated=())
     agent_output, agent_state = infer(
       *_with_batch((state.agent_output.action, env_output, state.agent_state))
     )
@@ -483,7 +483,12 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
       target_policy_logits=learner_outputs.policy_logits,
       actions=agent_outputs.action,
       discounts=tf.cast(~env_outputs.done, tf.float32) * FLAGS.discounting,
-      rewards=_clip_rewards(env_outputs.reward),
+      # Nothing is learned from an entry that only resets, see `environments`.
+      rewards=tf.where(
+        env_outputs.truncated,
+        learner_outputs.baseline,
+        _clip_rewards(env_outputs.reward),
+      ),
       values=learner_outputs.baseline,
       bootstrap_value=last_output.baseline,
       clip_rho_threshold=FLAGS.clip_rho_threshold or None,
@@ -501,6 +506,7 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     tf.square(vtrace_returns.vs - learner_outputs.baseline)
   )
   entropy = _entropy(learner_outputs.policy_logits)
+  entropy = tf.where(env_outputs.truncated, tf.zeros_like(entropy), entropy)
   total_loss = (
     policy_gradient_loss
     + FLAGS.baseline_cost * baseline_loss
@@ -637,10 +643,10 @@ class NestQueue:
 Unroll = collections.namedtuple('Unroll', 'actor_output global_step')
 
 # The results of an update: the `LearnerOutput`; of its batch level_name [B],
-# done and info [T, B]; and scalars.
+# game_over and info [T, B]; and scalars.
 Update = collections.namedtuple(
   'Update',
-  'learner level_name done info policy_lag queue_size wait_seconds',
+  'learner level_name game_over info policy_lag queue_size wait_seconds',
 )
 
 
@@ -708,7 +714,7 @@ def build_training(agent, queue):
     learner=learner,
     level_name=output.level_name,
     # The first entry was counted as the last one of the unroll before.
-    done=output.env_outputs.done[1:],
+    game_over=output.env_outputs.game_over[1:],
     info=_index(output.env_outputs.info, slice(1, None)),
     policy_lag=tf.reduce_mean(tf.cast(lag, tf.float32)) / _frames_per_update(),
     queue_size=queue.queue.size(),

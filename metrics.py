@@ -64,14 +64,14 @@ class Metrics:
       self._updates.append(update)
       self.global_step = int(update.learner.global_step)
       # One row per unroll.
-      for name, done, returns, steps in zip(
+      for name, game_over, returns, steps in zip(
         update.level_name,
-        update.done.T,
+        update.game_over.T,
         update.info.episode_return.T,
         update.info.episode_step.T,
         strict=True,
       ):
-        for i in np.flatnonzero(done):
+        for i in np.flatnonzero(game_over):
           self._add_episode(six.ensure_str(name), returns[i], steps[i])
 
   def latest_return(self):

@@ -12,7 +12,6 @@ to the highest. Tests in the background of a training are diamonds.
 import argparse
 import collections
 import contextlib
-import glob
 import json
 import os
 import sys
@@ -35,22 +34,6 @@ _X_LABELS = {'frames': 'environment frames', 'hours': 'hours'}
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _STYLES = ('-', '--', '-.', ':')
 
-# The flags in which trainings may differ that are drawn as one.
-_UNIMPORTANT_FLAGS = {
-  'actor_address',
-  'learner_address',
-  'seed',
-  'logdir',
-  'checkpoint',
-  'level_cache_dir',
-  'max_environment_restarts',
-  'mode',
-  'save_checkpoint_secs',
-  'test_interval_frames',
-  'test_num_episodes',
-  'video_dir',
-}
-
 # A panel: the tag of what is drawn, its title and the label of its y axis, the
 # tag of the tests of the same, and whether values are those of single episodes.
 Panel = collections.namedtuple('Panel', 'tag title label test_tag is_episodes')
@@ -59,39 +42,53 @@ Panel = collections.namedtuple('Panel', 'tag title label test_tag is_episodes')
 def read_scalars(logdir):
   """Reads the metrics of a training from its event files.
 
+  A training that went on from an older checkpoint repeats some frames. As in
+  TensorBoard, what was written of them before is left out.
+
   Args:
     logdir: folder of the training.
 
   Returns:
     Dict from tag to an array [n, 3] of environment frames, values and hours of
-    training, in the order of the frames.
+    training, in the order of the frames. The hours include the time that
+    repeated frames took.
+
+  Raises:
+    OSError: the folder can't be read.
   """
   points, hours = collections.defaultdict(list), 0.0
   # One file for each time that the training went on.
-  for path in sorted(glob.glob(os.path.join(logdir, 'events.out.tfevents.*'))):
+  for name in sorted(os.listdir(logdir)):
+    if not name.startswith('events.out.tfevents.'):
+      continue
     begin, start = None, hours
-    for event in _read_events(path):
+    for event in _read_events(os.path.join(logdir, name)):
       begin = begin or event.wall_time
       hours = start + (event.wall_time - begin) / 3600
+      # It comes with the number of frames after the first update.
+      if event.session_log.status == event.session_log.START:
+        for tag, values in points.items():
+          points[tag] = [point for point in values if point[0] < event.step]
       for value in event.summary.value:
         if value.HasField('simple_value'):
           points[value.tag].append((event.step, value.simple_value, hours))
   return {
     tag: np.array(sorted(values, key=lambda point: point[0]))
     for tag, values in points.items()
+    if values
   }
 
 
 def _read_events(path):
-  """Yields the events of a file that have metrics."""
+  """Yields the events of a file that have metrics or begin a session."""
   with quiet.start():
     import tensorflow.compat.v1 as tf
   # It advises another reader, which TensorFlow 1 doesn't have.
   tf.logging.set_verbosity(tf.logging.ERROR)
-  # The last one may be half written.
+  # The last one may be half written. As bytes, a path needs no encoding.
   with contextlib.suppress(tf.errors.DataLossError):
-    for event in tf.train.summary_iterator(path):
-      if event.summary.value:
+    for event in tf.train.summary_iterator(os.fsencode(path)):
+      if event.WhichOneof('what') in ('summary', 'session_log'):
         yield event
 
 
@@ -108,13 +105,11 @@ def group(logdirs):
   for logdir in logdirs:
     try:
       with open(os.path.join(logdir, 'agent.json')) as file:
-        values = json.load(file)['flags']
-    except FileNotFoundError:
+        # Without the seed, and without what changes nothing that is learned.
+        key = json.dumps(json.load(file)['settings'], sort_keys=True)
+    # Of another version.
+    except (FileNotFoundError, KeyError):
       key = logdir
-    else:
-      for name in _UNIMPORTANT_FLAGS:
-        values.pop(name, None)
-      key = json.dumps(values, sort_keys=True)
     groups.setdefault(key, []).append(logdir)
   return list(groups.values())
 
@@ -199,7 +194,11 @@ def draw(groups, output, x_axis='frames'):
     )
     for i, label in enumerate(groups)
   ]
-  figure.legend(handles=handles, loc='outside upper center', fontsize='small')
+  legend = figure.legend(
+    handles=handles, loc='outside upper center', fontsize='small'
+  )
+  for text in legend.get_texts():
+    text.set_parse_math(False)
   figure.savefig(output, dpi=150 if len(panels) < 10 else 100)
   plt.close(figure)
 
@@ -230,10 +229,28 @@ def _draw_group(axis, panel, runs, x_axis, colour, style):
 
 def _label(logdirs):
   """Returns the name of some trainings in the legend."""
-  name, count = os.path.normpath(logdirs[0]), len(logdirs)
+  name, count = _printable(logdirs[0]), len(logdirs)
+  # Of a name with an underscore first, Matplotlib makes no entry.
+  name = f' {name}' if name.startswith('_') else name
   if count == 1:
     return f'{name} (mean of the last {_EPISODES} episodes)'
   return f'{name} and {count - 1} with other seeds (mean and range)'
+
+
+def _printable(path):
+  """Returns a path with what is no text in it, as \\xff, written out."""
+  return os.fsencode(path).decode(errors='backslashreplace')
+
+
+def _read_episodes(logdir):
+  """Returns `read_scalars` of it; ends the program if that has no episodes."""
+  try:
+    scalars = read_scalars(logdir)
+  except OSError as error:
+    sys.exit(f'plot.py: {logdir} can not be read ({error.strerror}).')
+  if not panels_of([scalars]):
+    sys.exit(f'plot.py: no episodes found in {logdir}.')
+  return scalars
 
 
 def main():
@@ -249,16 +266,22 @@ def main():
     help='picture to write; default: learning_curve.png in the first logdir',
   )
   args = parser.parse_args()
-  runs = {logdir: read_scalars(logdir) for logdir in args.logdir}
-  for logdir, scalars in runs.items():
-    if not panels_of([scalars]):
-      sys.exit(f'plot.py: no episodes found in {logdir}.')
+  # Wherever it is shown, a name is no reason to fail.
+  sys.stdout.reconfigure(errors='backslashreplace')
+  paths = [os.path.normpath(os.path.expanduser(path)) for path in args.logdir]
+  logdirs = list(dict.fromkeys(paths))  # Each once.
+  runs = {logdir: _read_episodes(logdir) for logdir in logdirs}
   groups = {
-    _label(logdirs): [runs[logdir] for logdir in logdirs]
-    for logdirs in group(args.logdir)
+    _label(members): [runs[logdir] for logdir in members]
+    for members in group(runs)
   }
-  output = args.output or os.path.join(args.logdir[0], 'learning_curve.png')
-  draw(groups, output, args.x)
+  output = os.path.expanduser(
+    args.output or os.path.join(logdirs[0], 'learning_curve.png')
+  )
+  try:
+    draw(groups, output, args.x)
+  except OSError as error:
+    sys.exit(f'plot.py: {output} can not be written ({error.strerror}).')
   print(f'Learning curve: {output}')
 
 

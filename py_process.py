@@ -35,9 +35,8 @@ are little-endian:
           or all numbers of another array, row-major
 
 The string of a request is the name of a method, the dtypes are those of the
-results, the arrays are the arguments. The string of an answer is empty, or the
-traceback of an exception; it has no dtypes, its arrays are the flattened
-results.
+results, the arrays are the arguments. The string of an answer is empty, or
+describes an exception; it has no dtypes, its arrays are the flattened results.
 
 `py_process_ops.cc` is the caller's end for TensorFlow, `py_process_callee.cc`
 the end in the process; `_Channel` below is the same in Python, for calls from
@@ -60,10 +59,12 @@ import math
 import mmap
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -94,6 +95,8 @@ _LIBRARY = os.path.join(
 _WORD = struct.Struct('<q')
 _BELL = struct.Struct('<2q')  # What the socket carries for each message.
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
+_KILL_SECONDS = 5.0  # What a killed process has to vanish.
+_SHARED_MEMORY = '/dev/shm'  # Where shm_open keeps what has a name.
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
@@ -134,6 +137,75 @@ class ArraySpec:
 
 class ProcessError(RuntimeError):
   """The object in the process raised, or the process could not be reached."""
+
+
+# --- Failures ---------------------------------------------------------------
+
+# An exception travels as text, since errors of TensorFlow carry nothing else:
+# its message, the next line, its traceback. TensorFlow adds text of its own.
+_TRACEBACK = '\n\nIn the environment process:\n'
+_END = "(End of the environment's traceback.)"
+
+# What the errors of calls say if the environment is to blame. The operation has
+# the same texts.
+_FAILURES = [
+  re.compile(
+    r'An environment process (?P<reason>raised in [\w ]+:\n.*?)'
+    rf'(?:{_TRACEBACK}(?P<traceback>.*?))?\s*(?:\Z|{re.escape(_END)})',
+    re.DOTALL,
+  ),
+  re.compile(
+    r'An environment process (?P<reason>took more than [^;\n]*); it was killed'
+  ),
+  re.compile(r'The environment process (?P<reason>died)'),
+  re.compile(r'The process of \w+ (?P<reason>died)'),
+  re.compile(r'The environment process (?P<reason>sent a broken message)'),
+  re.compile(r'(?P<reason>Result \d+ of \w+ is [^\n]* promise [^\n]*)'),
+]
+
+
+class Failure(typing.NamedTuple):
+  """Why a call of an environment process failed."""
+
+  reason: str  # 'raised in step:\nValueError: its whole message', 'died', ...
+  traceback: str  # The environment's own; empty if it has not raised.
+
+
+def failure(error):
+  """Returns the `Failure` that an error tells of.
+
+  Args:
+    error: `tf.errors.OpError` or `ProcessError`.
+
+  Returns:
+    The `Failure`; None if no environment is to blame.
+  """
+  text = getattr(error, 'message', None) or str(error)
+  matches = [match for p in _FAILURES if (match := p.search(text))]
+  if not matches:
+    return None
+  # One that raised may have said anything in its message.
+  found = min(matches, key=lambda match: match.start()).groupdict()
+  return Failure(found['reason'].strip(), found.get('traceback') or '')
+
+
+def _describe_exception(error):
+  """Returns an exception's message and traceback, without our own frames."""
+  message = ''.join(traceback.format_exception_only(error)).strip()
+  trace = error.__traceback__
+  while trace and trace.tb_frame.f_code.co_filename == _THIS_FILE:
+    trace = trace.tb_next
+  if trace is None:  # It was raised here: a result can't be sent, for example.
+    return message
+  lines = traceback.format_exception(error.with_traceback(trace))
+  return message + _TRACEBACK + ''.join(lines).rstrip()
+
+
+_THIS_FILE = _describe_exception.__code__.co_filename
+
+
+def _raised(method, description):
+  return f'An environment process raised in {method}:\n{description}'
 
 
 # --- Messages ---------------------------------------------------------------
@@ -293,8 +365,8 @@ class _Channel:
     return layout if sent == dtypes else None
 
   def send_error(self, error):
-    """Sends the traceback of an exception instead of an answer."""
-    self.send(''.join(traceback.format_exception(error)))
+    """Sends a description of an exception instead of an answer."""
+    self.send(_describe_exception(error))
 
   def hang_up(self):
     with contextlib.suppress(OSError):
@@ -352,7 +424,11 @@ def _to_array(leaf, number):
 
 def _encode(string):
   if isinstance(string, str):
-    return string.encode()
+    try:
+      # Bytes that were no UTF-8 when they were decoded are themselves again.
+      return string.encode(errors='surrogateescape')
+    except UnicodeEncodeError:
+      return string.encode(errors='replace')
   if not isinstance(string, bytes):
     raise TypeError(f'A {type(string).__name__} can not be sent.')
   return string
@@ -361,12 +437,13 @@ def _encode(string):
 # --- In an environment's process --------------------------------------------
 
 
-def _work(channel, payload):
+def _work(channel, payload, older):
   """Answers calls until the program hangs up.
 
   Args:
     channel: `_Channel` to the program.
     payload: the pickled (class, args, kwargs) of the object.
+    older: inodes that were in /dev/shm before this process started.
 
   Returns:
     The exit code of the process.
@@ -377,13 +454,15 @@ def _work(channel, payload):
   except Exception as error:  # Whatever the class raises is the caller's.
     channel.send_error(error)
     return 1
-  channel.send('')
   answer_calls = getattr(_callee, 'answer_calls', _answer_calls)
   with contextlib.suppress(ConnectionError):  # The program is gone.
+    channel.send('')
     answer_calls(channel, target)
   if hasattr(target, 'close'):
     target.close()
-  _free_shared_memory(os.getpid())  # While the object still has it mapped.
+  _free_shared_memory(
+    os.getpid(), older
+  )  # While the object still has it mapped.
   return 0
 
 
@@ -414,6 +493,7 @@ class _Child:
 
   status: int  # Write end of a pipe: first the pid, then the exit code.
   folder: str  # Working directory and place for temporary files.
+  older: frozenset  # Inodes that were in /dev/shm before it started.
 
 
 def _serve(control_fd, folder):
@@ -446,11 +526,11 @@ def _serve(control_fd, folder):
       command, pid = struct.unpack('<cq', message)
       if command == b'k':
         if pid in children:
-          _kill(pid)
+          _kill(pid, children[pid])
       else:
         _fork(children, folder, [control_fd, wakeup, wakeup_write], *fds)
-  for pid in children:
-    _kill(pid)
+  for pid, child in children.items():
+    _kill(pid, child)
   for pid in list(children):
     _bury(children, pid, os.waitpid(pid, 0)[1])
   shutil.rmtree(folder, ignore_errors=True)
@@ -465,6 +545,7 @@ def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
     with contextlib.suppress(Exception):
       __import__(module)
   server = os.getpid()
+  older = _shared_memory_inodes()
   try:
     folder = tempfile.mkdtemp(dir=parent_folder)
     pid = os.fork()
@@ -477,14 +558,14 @@ def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
     # Inherited ends of other pipes would hide the deaths of their owners.
     for fd in own_fds + [status] + [c.status for c in children.values()]:
       os.close(fd)
-    _run_child(server, connection, memory_fd, payload, folder)
+    _run_child(server, connection, memory_fd, payload, folder, older)
   os.close(connection)
   os.close(memory_fd)
-  children[pid] = _Child(status, folder)
+  children[pid] = _Child(status, folder, older)
   _report(status, pid)
 
 
-def _run_child(server, connection, memory_fd, payload, folder):
+def _run_child(server, connection, memory_fd, payload, folder, older):
   """Turns a fork of the server into an environment's process; never returns."""
   code = 1
   try:
@@ -497,13 +578,25 @@ def _run_child(server, connection, memory_fd, payload, folder):
     os.chdir(folder)
     os.environ['TMPDIR'] = tempfile.tempdir = folder
     connection = socket.socket(fileno=connection)
-    code = _work(_Channel(connection, memory_fd), payload)
+    code = _work(_Channel(connection, memory_fd), payload, older)
+  except SystemExit as error:
+    code = _exit_code(error)
   except BaseException:
     traceback.print_exc()
   finally:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _exit_code(error):
+  """Returns the exit code that Python gives for a SystemExit."""
+  if error.code is None:
+    return 0
+  if isinstance(error.code, int):
+    return error.code & 0xFF
+  print(error.code, file=sys.stderr)
+  return 1
 
 
 def die_with(parent):
@@ -526,7 +619,7 @@ def _reap(children):
     if pid == 0:
       return
     if pid in children:
-      _kill_group(pid)
+      _kill_group(pid, children[pid])
       _bury(children, pid, status)
 
 
@@ -543,45 +636,72 @@ def _report(status, value):
     os.write(status, _word(value))
 
 
-def _kill(pid):
+def _kill(pid, child):
   """Kills a process that was not yet reaped, and its group."""
-  _kill_group(pid)
+  _kill_group(pid, child)
   os.kill(pid, signal.SIGKILL)  # If it has not yet got to its `setsid`.
 
 
-def _kill_group(group):
+def _kill_group(group, child):
   """Kills what is left of a process group.
 
   Environments may run helpers of their own which survive them: ViZDoom's engine
   does, and holds named shared memory that nobody would unlink.
   """
-  _free_shared_memory(group)
+  _free_shared_memory(group, child.older)
   with contextlib.suppress(ProcessLookupError):
     os.killpg(group, signal.SIGKILL)
 
 
-def _free_shared_memory(group):
-  """Unlinks the named shared memory that only a process group has mapped."""
+def _free_shared_memory(group, older):
+  """Unlinks the named shared memory that a process group made and left.
+
+  Files of others in that folder must stay. What the group made for itself is
+  new since its start, has no folder, belongs to this user, and is mapped shared
+  and writable by this group and by nobody else.
+
+  Args:
+    group: the id of the group.
+    older: inodes that were in /dev/shm before the group started.
+  """
   members, others = [], []
   for pid in map(int, filter(str.isdigit, os.listdir('/proc'))):
     with contextlib.suppress(OSError):
       (members if os.getpgid(pid) == group else others).append(pid)
-  files = set().union(*map(_shared_memory_files, members))
+  files = set().union(*(_mapped_shared_memory(m, 'rw-s') for m in members))
   if files:
-    files = files.difference(*map(_shared_memory_files, others))
-  for file in files:
+    files = files.difference(*map(_mapped_shared_memory, others))
+  for path, inode in files:
     with contextlib.suppress(OSError):
-      os.unlink(file)
+      status = os.lstat(path)
+      if (
+        os.path.dirname(path) == _SHARED_MEMORY
+        and stat.S_ISREG(status.st_mode)
+        and status.st_ino == inode  # Else the name is another file's by now.
+        and status.st_uid == os.geteuid()
+        and inode not in older
+      ):
+        os.unlink(path)
 
 
-def _shared_memory_files(pid):
-  """Returns the named shared memory that a process has mapped."""
+def _mapped_shared_memory(pid, permissions=''):
+  """Returns paths and inodes of what a process has mapped of /dev/shm."""
+  files = set()
+  with contextlib.suppress(OSError), open(f'/proc/{pid}/maps') as maps:
+    for line in maps:
+      _, mode, _, _, inode, *path = line.rstrip('\n').split(maxsplit=5)
+      if path and path[0].startswith(_SHARED_MEMORY) and permissions in mode:
+        files.add((path[0], int(inode)))
+  return files
+
+
+def _shared_memory_inodes():
+  """Returns the inodes of all that is in /dev/shm now."""
   try:
-    with open(f'/proc/{pid}/maps') as maps:
-      paths = {line.split(maxsplit=5)[-1].strip() for line in maps}
-  except OSError:
-    return set()
-  return {path for path in paths if path.startswith('/dev/shm/')}
+    with os.scandir(_SHARED_MEMORY) as entries:
+      return frozenset(entry.inode() for entry in entries)
+  except OSError:  # There is none, or nobody may look into it.
+    return frozenset()
 
 
 # --- In the program ---------------------------------------------------------
@@ -675,14 +795,54 @@ class _ForkServer:
 
 
 def _is_readable(fd, timeout):
+  """Returns whether a descriptor can be read within a time; None: for ever."""
   poll = select.poll()  # `select.select` takes no descriptors above 1,023.
   poll.register(fd, select.POLLIN)
-  return bool(poll.poll(timeout * 1000))
+  return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 _fork_server = _ForkServer()
 _numbers = itertools.count(1)
 _open = {}  # The started processes by number.
+_call_timeout = None  # In seconds.
+
+
+def set_call_timeout(seconds):
+  """Limits how long a call of a method, or a constructor, may take.
+
+  A process that takes longer, or that somebody stopped, is killed with its
+  helpers, and the call fails like one of a process that died.
+
+  Args:
+    seconds: the limit for all processes; None, as at first, for no limit.
+  """
+  global _call_timeout
+  _call_timeout = seconds
+  if seconds is not None:
+    _start_watch()
+
+
+@functools.cache
+def _start_watch():
+  threading.Thread(target=_watch, name='py_process_watch', daemon=True).start()
+
+
+def _watch():
+  """Kills processes that take too long for calls of the compiled operation."""
+  durations = {}  # Of the calls under way, by their numbers.
+  while True:
+    limit = _call_timeout
+    interval = 1.0 if limit is None else min(1.0, limit / 10)
+    time.sleep(interval)
+    last_durations, durations = durations, {}
+    for process in list(_open.values()):
+      pid, call = process.pid, process._call_under_way()
+      if not call:
+        continue
+      # Not by the clock: while this program is stopped, no call gets older.
+      durations[call] = last_durations.get(call, -interval) + interval
+      if limit is not None and durations[call] >= limit:
+        process._time_out(pid, call, limit)
 
 
 class PyProcess:
@@ -702,7 +862,7 @@ class PyProcess:
     self._arguments = inspect.signature(cls).bind(*args, **kwargs)
     self._number = next(_numbers)
     self._lock = threading.Lock()  # Of the channel.
-    self._status_lock = threading.Lock()
+    self._status_lock = threading.Lock()  # Taken after the other.
     self._channel = None
     self._status = None
     self._pid = None
@@ -782,15 +942,16 @@ class PyProcess:
     Returns:
       The exit code; -N if signal N killed it.
     """
-    status = self._status
-    if status is None or not _is_readable(status, timeout):
-      return self._exit_code
-    with self._status_lock:
-      if self._exit_code is None:
+    with self._status_lock:  # Another thread may close the descriptor.
+      if (
+        self._exit_code is None
+        and self._status is not None
+        and _is_readable(self._status, timeout)
+      ):
         # No report at all: the fork server died, and took its children along.
-        word = os.read(status, 8) or _word(-signal.SIGKILL)
+        word = os.read(self._status, 8) or _word(-signal.SIGKILL)
         (self._exit_code,) = _WORD.unpack(word)
-    return self._exit_code
+      return self._exit_code
 
   def close(self):
     """Ends the process; calls under way fail with Cancelled."""
@@ -802,17 +963,19 @@ class PyProcess:
     payload = cloudpickle.dumps(
       (self._cls, self._arguments.args, self._arguments.kwargs)
     )
-    self._exit_code = None
-    self._channel, self._status, self._pid = _fork_server.spawn(
+    channel, status, pid = _fork_server.spawn(
       list(modules(constructor_kwargs)), payload
     )
+    with self._status_lock:
+      self._exit_code = None
+      self._channel, self._status, self._pid = channel, status, pid
     _open[self._number] = self
 
   def _await(self):
     """Waits until the object is made."""
-    error, _, _ = self._receive()
+    error, _, _ = self._receive('its constructor')
     if error:
-      raise ProcessError(error)
+      raise ProcessError(_raised('its constructor', error))
     if _library() is not None:
       _library().open_channel(self._number, self._channel)
 
@@ -823,11 +986,13 @@ class PyProcess:
     with self._lock:
       if self._channel is None:
         raise ProcessError('The process is not running; start it first.')
-      with contextlib.suppress(ConnectionError):  # Told by the receive.
+      try:
         self._channel.send(method, numbers, arguments)
-      error, _, results = self._receive()
+      except ConnectionError:
+        raise self._death() from None
+      error, _, results = self._receive(method)
     if error:
-      raise ProcessError(error)
+      raise ProcessError(_raised(method, error))
     for i, result in enumerate(results):
       # A scalar string is `bytes`, and has neither.
       dtype, shape = getattr(result, 'dtype', object), np.shape(result)
@@ -840,14 +1005,40 @@ class PyProcess:
         )
     return results
 
-  def _receive(self):
+  def _receive(self, method):
+    """Receives the answer to a call of a method."""
+    limit = _call_timeout
+    if not _is_readable(self._channel.filenos()[0], limit):
+      self._channel.hang_up()  # An answer that still comes is nobody's.
+      self._kill()
+      raise ProcessError(
+        f'An environment process took more than {limit:g} seconds for '
+        f'{method}; it was killed.'
+      )
     try:
       return self._channel.receive()
     except (EOFError, ConnectionError):
-      raise ProcessError(
-        f'The process of {self._cls.__name__} died with exit code '
-        f'{self.exit_code(timeout=1.0)}.'
-      ) from None
+      raise self._death() from None
+
+  def _death(self):
+    return ProcessError(
+      f'The process of {self._cls.__name__} died with exit code '
+      f'{self.exit_code(timeout=1.0)}.'
+    )
+
+  def _kill(self):
+    _fork_server.kill(self._pid)
+    self.exit_code(_KILL_SECONDS)
+
+  def _call_under_way(self):
+    """Returns the number of the operation's unanswered call; 0 if none."""
+    library = _library()
+    return 0 if library is None else library.call_under_way(self._number)
+
+  def _time_out(self, pid, call, seconds):
+    """Kills the process with this pid if a call is still under way."""
+    if _library().time_out(self._number, call, seconds):
+      _fork_server.kill(pid)
 
   def _hang_up(self):
     if _library() is not None:
@@ -857,7 +1048,7 @@ class PyProcess:
       channel.hang_up()
 
   def _release(self):
-    with self._lock:
+    with self._lock, self._status_lock:
       # Two threads may close a process at once: one that restarts it, and one
       # that ends the program.
       if self._channel is None:
@@ -893,8 +1084,7 @@ def close_all(processes):
   deadline = time.monotonic() + _CLOSE_SECONDS
   for process in processes:
     if process.exit_code(max(0, deadline - time.monotonic())) is None:
-      _fork_server.kill(process.pid)
-      process.exit_code(timeout=1.0)
+      process._kill()
     process._release()
 
 
@@ -995,7 +1185,11 @@ def _build_call_in_python(number, method, arguments, dtypes, shapes):
       raise ProcessError(
         f'Environment process {number} is not running; start it first.'
       )
-    return process._request(method, dtypes, shapes, arguments)
+    try:
+      return process._request(method, dtypes, shapes, arguments)
+    except ProcessError as error:
+      # TensorFlow adds the traceback of this function.
+      raise ProcessError(f'{error}\n{_END}') from None
 
   results = tf.numpy_function(run, [number, *arguments], dtypes)
   if not dtypes:
@@ -1017,6 +1211,12 @@ class _Library:
     self._open.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     self._close = library.ImpalaCloseChannel
     self._close.argtypes = [ctypes.c_int64]
+    self.call_under_way = library.ImpalaCallUnderWay
+    self.call_under_way.argtypes = [ctypes.c_int64]
+    self.call_under_way.restype = ctypes.c_int64
+    self.time_out = library.ImpalaTimeOut
+    self.time_out.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double]
+    self.time_out.restype = ctypes.c_bool
 
   def call(self, number, method, arguments, dtypes, shapes):
     return self._ops.py_process_call(

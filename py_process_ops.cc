@@ -16,8 +16,8 @@
 // The end of the process closes the socket, which fails the calls of its
 // channel. A cancelled step abandons its call: the answer is dropped when it
 // comes. `py_process.py` documents the layout of a message and starts and
-// restarts the processes; it opens and closes channels through the two C
-// functions at the end of this file.
+// restarts the processes; it opens and closes channels, and asks for calls that
+// take too long, through the C functions at the end of this file.
 
 #include <errno.h>
 #include <string.h>
@@ -28,6 +28,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <string>
@@ -263,8 +264,10 @@ absl::Status ReadResult(const Call& call, const char* memory, Bell bell) {
   int64_t num_dtypes, num_arrays;
   TF_RETURN_IF_ERROR(reader.String(&error));
   if (!error.empty()) {
+    // The text that `failure` in py_process.py looks for.
     return errors::Unknown("An environment process raised in ", *call.method,
-                           ":\n", error);
+                           ":\n", error,
+                           "\n(End of the environment's traceback.)");
   }
   TF_RETURN_IF_ERROR(reader.Word(&num_dtypes));  // Answers have none.
   TF_RETURN_IF_ERROR(reader.Word(&num_arrays));
@@ -405,17 +408,44 @@ class Channel : public std::enable_shared_from_this<Channel> {
     }
   }
 
-  // Fails all calls, the ones to come included.
-  void Break(const absl::Status& status) {
+  // Fails all calls, the ones to come included. The first reason counts.
+  void Break(absl::Status status) {
     std::vector<std::shared_ptr<Call>> calls;
     {
       mutex_lock lock(mu_);
       if (broken_.ok()) broken_ = status;
+      status = broken_;
       if (current_) calls.push_back(std::move(current_));
       for (auto& call : queue_) calls.push_back(std::move(call));
       queue_.clear();
     }
     for (auto& call : calls) Complete(call.get(), status);
+  }
+
+  // Returns the number of the call that the process has not answered; or 0.
+  int64_t UnderWay() {
+    mutex_lock lock(mu_);
+    return busy_ ? number_ : 0;
+  }
+
+  // Makes a time-out the reason of the process's death, which is to follow; if
+  // that was asked before, no longer waits for it. Returns whether the call is
+  // still under way.
+  bool TimeOut(int64_t number, double seconds) {
+    absl::Status status;
+    {
+      mutex_lock lock(mu_);
+      if (!busy_ || number_ != number) return false;
+      status = broken_;
+      if (status.ok()) {
+        broken_ = errors::DeadlineExceeded(
+            "An environment process took more than ", seconds, " seconds for ",
+            current_ ? *current_->method : "a cancelled call",
+            "; it was killed.");
+      }
+    }
+    if (!status.ok()) Break(status);
+    return true;
   }
 
   // The process rang, or its end of the socket closed.
@@ -472,6 +502,8 @@ class Channel : public std::enable_shared_from_this<Channel> {
         status = Write(*call, &bell);
         if (status.ok()) {
           busy_ = true;
+          static std::atomic<int64_t> calls{0};
+          number_ = ++calls;
           current_ = std::move(call);
           if (Ring(bell)) return;
           status = errors::Internal("The environment process died.");
@@ -539,6 +571,8 @@ class Channel : public std::enable_shared_from_this<Channel> {
   SharedMemory memory_;
   mutex mu_;
   bool busy_ TF_GUARDED_BY(mu_) = false;
+  int64_t number_ TF_GUARDED_BY(mu_) =
+      0;  // Of the last call; no two are equal.
   absl::Status broken_ TF_GUARDED_BY(mu_);
   std::shared_ptr<Call> current_ TF_GUARDED_BY(mu_);
   std::deque<std::shared_ptr<Call>> queue_ TF_GUARDED_BY(mu_);
@@ -686,6 +720,20 @@ void ImpalaOpenChannel(int64_t process, int socket, int memory) {
 // Closes the channel of a process; its calls end with Cancelled.
 void ImpalaCloseChannel(int64_t process) {
   impala::Channels::Get()->Close(process);
+}
+
+// Returns the number of the call that a process has not answered; 0 if none.
+int64_t ImpalaCallUnderWay(int64_t process) {
+  auto channel = impala::Channels::Get()->Find(process);
+  return channel == nullptr ? 0 : channel->UnderWay();
+}
+
+// Has a call that is still under way, and the ones that wait for it, end with
+// DeadlineExceeded: when the process dies, or when this is called again.
+// Returns whether the call is still under way.
+bool ImpalaTimeOut(int64_t process, int64_t call, double seconds) {
+  auto channel = impala::Channels::Get()->Find(process);
+  return channel != nullptr && channel->TimeOut(call, seconds);
 }
 
 }  // extern "C"

@@ -236,22 +236,6 @@ def encoder_gradients(encoder, result):
   ]
 
 
-def test_deep_agent_has_the_papers_size():
-  with tf.Graph().as_default():
-    agent = Agent(9, 'deep')
-    inputs = environments.StepOutput(
-      tf.zeros([1]),
-      (),
-      tf.zeros([1], tf.bool),
-      (tf.zeros([1, 72, 96, 3], tf.uint8), tf.constant([''])),
-    )
-    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
-    sizes = [v.shape.num_elements() for v in agent.trainable_variables]
-    kernels = [v for v in agent.trainable_variables if v.shape.rank == 4]
-  assert len(kernels) == 15
-  assert 1.5e6 < sum(sizes) < 1.7e6
-
-
 # --- The networks of the flagfiles -------------------------------------------
 
 _SECTIONS = (16, 32, 32)

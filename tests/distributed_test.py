@@ -54,10 +54,7 @@ class Tasks:
 
   def __exit__(self, *_):
     for program in self._programs:
-      if program.process.poll() is None:
-        program.process.kill()
-        program.process.wait()
-      program.process.stdout.close()
+      program.kill()
 
   def start(self, *flags, **kwargs):
     program = Program(

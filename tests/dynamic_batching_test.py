@@ -469,15 +469,16 @@ def test_minimum_is_waited_for_without_timeout(pool):
     np.testing.assert_array_equal(_results([first, second]), [[[1]], [[2]]])
 
 
-def test_batches_go_up_to_the_maximum(pool):
+def test_batches_are_as_large_as_the_maximum(pool):
   with ByHand(pool, minimum=1, maximum=4, timeout_ms=0) as hand:
     calls = [hand.call([[float(i)]]) for i in range(10)]
+    hand.check_wait(calls)  # All are there before the first batch is taken.
     sizes = []
     while sum(sizes) < 10:
       inputs, computation_id = hand.take().result(_PATIENCE)
       sizes.append(len(inputs))
       hand.give(inputs * 2, computation_id)
-    assert max(sizes) <= 4
+    assert sizes == [4, 4, 2]
     assert [r.item() for r in _results(calls)] == [2.0 * i for i in range(10)]
 
 

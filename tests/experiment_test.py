@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import sonnet as snt
 from absl import flags
 from absl.testing import flagsaver
 
@@ -390,6 +391,38 @@ def vtrace_by_hand(target, behaviour, env, rho_bar, lambda_):
   return vs[:-1]
 
 
+@flagsaver.flagsaver(batch_size=3, unroll_length=5, entropy_cost=0.1)
+def test_nothing_is_learned_from_a_reset_after_a_time_limit(learner_batch):
+  """Losses are those of two unrolls, the first ending before the reset."""
+  env, behaviour = learner_batch
+  env.done[:], env.reward[3] = False, 0
+  env.done[3] = env.truncated[3] = env.game_over[3] = True
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow')
+    state = agent.initial_state(3)
+    target, _ = agent.unroll(
+      tf.constant(behaviour.action), constants(env), state
+    )
+    learner = experiment.build_learner(
+      agent, state, constants(env), constants(behaviour)
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      target = session.run(target)
+      output = session.run(learner)
+  expected = np.zeros(3)
+  for part in (slice(0, 3), slice(3, 6)):
+    logits, baseline, *inputs = tf.nest.map_structure(
+      lambda x, part=part: x[part],
+      (target.policy_logits, target.baseline, behaviour, env),
+    )
+    expected += numpy_losses(logits, baseline, *inputs, FLAGS.discounting)
+  losses = output.policy_gradient_loss, output.baseline_loss
+  np.testing.assert_allclose(losses, expected[:2], rtol=1e-3)
+  np.testing.assert_allclose(output.entropy, expected[2] / 15, rtol=1e-3)
+
+
 @flagsaver.flagsaver(batch_size=3, unroll_length=5)
 def test_learner_updates_the_statistics_of_frames(learner_batch):
   env, behaviour = learner_batch
@@ -407,6 +440,134 @@ def test_learner_updates_the_statistics_of_frames(learner_batch):
   # The first entry was learned from in the unroll before.
   expected = env.observation[0][1::5].mean((0, 1))
   np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
+@flagsaver.flagsaver(
+  batch_size=8,
+  unroll_length=5,
+  learning_rate=0.002,
+  learning_rate_schedule='constant',
+  epsilon=0.01,
+  discounting=0.0,
+  entropy_cost=0.001,
+)
+def test_deep_network_learns_to_see():
+  """Which half of the frame is bright says which of two actions is rewarded.
+
+  With the convolutions that a training would take, forward and backward.
+  """
+  random = np.random.default_rng(5)
+  shape = (6, 8)
+  bright = random.integers(0, 2, shape)
+  env = env_outputs(random, shape)
+  frames = np.full((*shape, *FRAME), 60, np.uint8)
+  for index in np.ndindex(*shape):
+    half = slice(0, 8) if bright[index] == 0 else slice(8, 16)
+    frames[(*index, slice(None), half)] = 200
+  actions = random.integers(0, 2, shape).astype(np.int32)
+  # Entry t has the action that answered frame t - 1.
+  rewards = np.zeros(shape, np.float32)
+  rewards[1:] = actions[1:] == bright[:-1]
+  env = env._replace(
+    reward=rewards,
+    done=np.zeros(shape, bool),
+    observation=(frames, env.observation[1]),
+  )
+  behaviour = AgentOutput(
+    actions, np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)
+  )
+  with tf.Graph().as_default():
+    tf.set_random_seed(1)
+    tf.train.get_or_create_global_step()
+    agent = Agent(2, 'deep')
+    inputs = constants(env._replace(reward=np.zeros(shape, np.float32)))
+    state = agent.initial_state(8)
+    # What the agent sees must not give the answer away.
+    blind = tf.zeros(shape, tf.int32)
+    learner = experiment.build_learner(
+      agent, state, constants(env), constants(behaviour)
+    )
+    policy, _ = agent.unroll(blind, inputs, state)
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      for _ in range(60):
+        session.run(learner.global_step)
+      logits = session.run(policy).policy_logits
+  chosen = logits.argmax(-1)
+  assert np.mean(chosen[:-1] == bright[:-1]) > 0.95
+
+
+# --- The way from actors to learner ------------------------------------------
+
+
+def unroll_of(value, global_step):
+  """Returns an `Unroll` of 5 steps with a value in its frames."""
+  random = np.random.default_rng(value)
+  env = env_outputs(random, (6,))
+  env.observation[0][:] = value + np.arange(6)[:, None, None, None]
+  outputs = AgentOutput(
+    np.arange(6, dtype=np.int32) % NUM_ACTIONS,
+    np.zeros((6, NUM_ACTIONS), np.float32),
+    np.zeros(6, np.float32),
+  )
+  zeros = np.zeros(256, np.float32)
+  return experiment.Unroll(
+    experiment.ActorOutput(
+      np.array(f'level {value}', object),
+      snt.LSTMState(zeros, zeros),
+      env,
+      outputs,
+    ),
+    np.int64(global_step),
+  )
+
+
+@flagsaver.flagsaver(
+  batch_size=2, unroll_length=5, num_action_repeats=1, torso='shallow'
+)
+def test_batches_are_time_major_and_their_policy_lag_is_known():
+  """Of the learner's frames, 30, the unrolls were begun at 10 and at 30."""
+  unrolls = [unroll_of(100, 10), unroll_of(200, 30)]
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow')
+    tensors = [constants(unroll) for unroll in unrolls]
+    queue = experiment.build_queue(tensors[0])
+    enqueue = [queue.enqueue(tensor) for tensor in tensors]
+    (batch, _), update = (
+      experiment.build_staging(queue),
+      experiment.build_training(agent, queue),
+    )
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      session.run(tf.train.get_global_step().assign(30))
+      coord = tf.train.Coordinator()
+      threads = tf.train.start_queue_runners(session, coord)
+
+      def fill():
+        for op in enqueue:
+          session.run(op)
+
+      # Both stagings have a batch of their own.
+      for _ in range(2):
+        fill()
+      staged = session.run(batch).actor_output
+      fill()
+      result = session.run(update)
+      coord.request_stop()
+      session.run(queue.queue.close(cancel_pending_enqueues=True))
+      coord.join(threads, stop_grace_period_secs=10)
+  frames = staged.env_outputs.observation[0]
+  assert frames.shape == (6, 2, *FRAME)
+  values = {100: 0, 200: 1}
+  first = {int(frames[0, b, 0, 0, 0]): b for b in range(2)}
+  assert first.keys() == values.keys()
+  for value, b in first.items():
+    np.testing.assert_array_equal(frames[:, b, 0, 0, 0], value + np.arange(6))
+    assert staged.level_name[b].decode() == f'level {value}'
+  assert result.policy_lag == 1.0
+  assert result.learner.global_step == 40
+  assert result.info.episode_return.shape == (5, 2)
 
 
 @flagsaver.flagsaver(batch_size=1, unroll_length=5)

@@ -1,11 +1,14 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What the tests share: runs of the program, dummy inputs, saved agents."""
 
+import contextlib
 import glob
 import os
+import queue
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -43,22 +46,50 @@ class Program:
       env={**os.environ, 'PYTHONPATH': path},
     )
     self.output = ''
+    self._lines = queue.Queue()
+    # A thread of its own, so that waiting for a line can have a deadline.
+    self._reader = threading.Thread(target=self._read, daemon=True)
+    self._reader.start()
 
-  def wait_for(self, pattern):
-    for line in self.process.stdout:
-      self.output += line
-      if re.search(pattern, line):
-        return line
+  def _read(self):
+    with self.process.stdout:
+      for line in self.process.stdout:
+        self._lines.put(line)
+    self._lines.put(None)
+
+  def wait_for(self, pattern, seconds=120):
+    """Returns the next line in which a pattern is found."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(queue.Empty):
+      while True:
+        line = self._lines.get(timeout=max(0, deadline - time.monotonic()))
+        if line is None:
+          self._lines.put(None)  # For `finish`.
+          break
+        self.output += line
+        if re.search(pattern, line):
+          return line
     raise AssertionError(f'{pattern!r} not in:\n{self.output}')
 
   def finish(self):
     """Returns the exit code; `output` has all that was said."""
     try:
-      self.output += self.process.communicate(timeout=120)[0]
-    except subprocess.TimeoutExpired:
-      self.process.kill()
+      self.process.wait(timeout=120)
+      self._reader.join(timeout=30)  # Until no process can write any more.
+      assert not self._reader.is_alive(), 'A process of the program goes on.'
+    except BaseException:
+      self.kill()
       raise
+    while (line := self._lines.get()) is not None:
+      self.output += line
+    self._lines.put(None)
     return self.process.returncode
+
+  def kill(self):
+    """Ends the program if it still runs."""
+    if self.process.poll() is None:
+      self.process.kill()
+      self.process.wait()
 
 
 def run(*flags, **kwargs):
@@ -135,6 +166,8 @@ def env_outputs(random, shape, instructions=('',)):
       np.zeros(shape, np.float32), np.zeros(shape, np.int32)
     ),
     done=random.random(shape) < 0.3,
+    game_over=np.zeros(shape, bool),
+    truncated=np.zeros(shape, bool),
     observation=(
       random.integers(0, 256, (*shape, *FRAME), np.uint8),
       random.choice(np.array(instructions, object), shape),

@@ -1,12 +1,18 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the metrics of a training."""
 
+import collections
 import json
+import types
 
+import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
 import levels
+from actors import ActorStatistics
+from environments import StepOutputInfo
+from experiment import LearnerOutput, Update
 from metrics import Metrics
 
 
@@ -58,3 +64,72 @@ def test_results_of_some_episodes_are_not_logged(tmp_path):
     else:
       with pytest.raises(ValueError, match='not complete'):
         metrics.add_test(path)
+
+
+def test_report_is_of_its_period(tmp_path):
+  """Two updates of 40 frames each, with an episode each."""
+  statistics = iter(
+    [
+      ActorStatistics(1, 10, 30, 0.6),
+      ActorStatistics(1, 30, 110, 1.0),
+    ]
+  )
+  actors = types.SimpleNamespace(
+    statistics=lambda: next(statistics),
+    membership=lambda: ({'actors_connected': 2}, ['two actors']),
+  )
+  with tf.Graph().as_default():
+    metrics = Metrics(str(tmp_path), 'a', ['a'], actors, 40, 4)
+  metrics.global_step = 0
+  for step, episode_return in ((40, 1.0), (80, 4.0)):
+    metrics.add(update(step, episode_return))
+  assert metrics.latest_return() == 2.5
+  lines = metrics.report()
+  assert lines[0] == ('a: return 2.50, 20 frames (mean of the last 2 episodes)')
+  assert lines[-1] == 'two actors'
+  # Nothing happens in the second period.
+  assert metrics.report()[0] == 'No update of the learner in this period.'
+  tf.summary.FileWriterCache.get(str(tmp_path)).flush()
+  values = read_events(tmp_path)
+  assert values['a/episode_return'] == [(40, 1.0), (80, 4.0)]
+  assert values['a/episode_frames'] == [(40, 20.0), (80, 20.0)]
+  assert values['a/mean_return'] == [(80, 2.5)]
+  assert values['queue_size'] == [(80, 0.5)]
+  assert values['policy_lag_updates'] == [(80, 3.0)]
+  assert values['inference_batch_size'] == [(80, 3.0)]
+  assert values['inference_wait_seconds'] == [(80, pytest.approx(0.02))]
+  assert values['environment_restarts'] == [(80, 1.0)]
+  assert values['actors_connected'] == [(80, 2.0), (80, 2.0)]
+  rate = values['environment_frames_per_second'][0][1]
+  assert rate == pytest.approx(
+    4 * values['agent_steps_per_second'][0][1], rel=1e-5
+  )
+  assert rate == pytest.approx(
+    40 * values['learner_updates_per_second'][0][1], rel=1e-5
+  )
+
+
+def update(step, episode_return):
+  """Returns an `Update` of one unroll of 10 steps with an episode of 5."""
+  game_over = np.zeros((10, 1), bool)
+  game_over[6] = True
+  learner = LearnerOutput(step, 0.1, 1.0, 0.2, 0.3, 0.4, 0.5)
+  return Update(
+    learner=learner,
+    level_name=[b'a'],
+    game_over=game_over,
+    info=StepOutputInfo(np.full((10, 1), episode_return), np.full((10, 1), 5)),
+    policy_lag=2.0 if step == 40 else 4.0,
+    queue_size=0 if step == 40 else 1,
+    wait_seconds=0.1,
+  )
+
+
+def read_events(folder):
+  """Returns a dict from tags to lists of (step, value) of the event files."""
+  values = collections.defaultdict(list)
+  for path in sorted(folder.glob('events.*')):
+    for event in tf.train.summary_iterator(str(path)):
+      for value in event.summary.value:
+        values[value.tag].append((event.step, value.simple_value))
+  return values

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
+from tensorboard.backend.event_processing import event_accumulator
 
 import plot
 
@@ -20,9 +21,9 @@ def write(logdir, points, seed=1, flags=(), start=1000.0):
   """Writes metrics [(tag, step, value, seconds)], as a training does."""
   os.makedirs(logdir, exist_ok=True)
   with open(os.path.join(logdir, 'agent.json'), 'w') as file:
-    json.dump(
-      {'flags': {'seed': seed, 'logdir': str(logdir), **dict(flags)}}, file
-    )
+    settings = dict(flags)
+    others = {'seed': seed, 'logdir': str(logdir)}
+    json.dump({'settings': settings, 'flags': settings | others}, file)
   with tf.Graph().as_default():
     writer = tf.summary.FileWriter(str(logdir), filename_suffix=f'.{start}')
     for tag, step, value, seconds in points:
@@ -47,14 +48,71 @@ def test_metrics_are_read_with_the_hours_of_training(tmp_path):
   assert scalars['loss'].tolist() == [[20, 3, 2]]
 
 
+def train(logdir, frames):
+  """Trains for real, with small frames and short episodes."""
+  flags = [
+    '--level_name=gym:toy_gym:Grey-v0',
+    '--height=4',
+    '--width=6',
+    '--num_action_repeats=1',
+    '--torso=shallow',
+    '--num_actors=2',
+    '--batch_size=2',
+    '--unroll_length=5',
+    f'--logdir={logdir}',
+    f'--total_environment_frames={frames}',
+  ]
+  result = subprocess.run(
+    [sys.executable, os.path.join(ROOT, 'experiment.py'), *flags],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=300,
+    check=False,
+    env={**os.environ, 'PYTHONPATH': os.path.join(ROOT, 'tests')},
+  )
+  assert result.returncode == 0, result.stdout
+
+
+def test_frames_after_an_older_checkpoint_are_drawn_once(tmp_path):
+  tag = 'gym:toy_gym:Grey-v0/episode_return'
+  train(tmp_path, 1000)
+  before = plot.read_scalars(str(tmp_path))[tag]
+  assert before[-1, 0] > 900
+  # As if it had been killed before its last checkpoint.
+  for path in tmp_path.glob('model.ckpt-1000.*'):
+    path.unlink()
+  (tmp_path / 'checkpoint').write_text(
+    'model_checkpoint_path: "model.ckpt-0"\n'
+    'all_model_checkpoint_paths: "model.ckpt-0"\n'
+  )
+  train(tmp_path, 600)
+
+  frames, values, hours = plot.read_scalars(str(tmp_path))[tag].T
+  # Episodes have 10 frames.
+  assert 500 < frames[-1] <= 600
+  assert len(frames) <= 60
+  shown_by_tensorboard = event_accumulator.EventAccumulator(
+    str(tmp_path), size_guidance={event_accumulator.SCALARS: 0}
+  ).Reload()
+  assert list(zip(frames, values, strict=True)) == [
+    (event.step, event.value) for event in shown_by_tensorboard.Scalars(tag)
+  ]
+  # What was lost took its time, too.
+  assert hours[0] >= before[-1, 2]
+
+
 def test_trainings_that_differ_in_their_seed_are_one_group(tmp_path):
-  logdirs = [str(tmp_path / name) for name in 'abcd']
+  logdirs = [str(tmp_path / name) for name in 'abcde']
   for seed, logdir in enumerate(logdirs):
     flags = {'torso': 'deep' if logdir.endswith('c') else 'shallow'}
     write(logdir, [], seed, flags)
-  os.remove(os.path.join(logdirs[3], 'agent.json'))  # Of another version.
-  a, b, c, d = logdirs
-  assert plot.group(logdirs) == [[a, b], [c], [d]]
+  a, b, c, d, e = logdirs
+  # Of other versions.
+  os.remove(os.path.join(d, 'agent.json'))
+  with open(os.path.join(e, 'agent.json'), 'w') as file:
+    json.dump({'flags': {'seed': 4, 'torso': 'shallow'}}, file)
+  assert plot.group(logdirs) == [[a, b], [c], [d], [e]]
 
 
 def test_mean_and_range_over_seeds():
@@ -72,6 +130,49 @@ def test_running_mean():
   np.testing.assert_allclose(
     plot.running_mean(np.array([1.0, 3, 5, 7]), 2), [1, 2, 4, 6]
   )
+
+
+@pytest.mark.parametrize('utf8', ['0', '1'])
+def test_folders_of_all_names_are_drawn(tmp_path, utf8):
+  names = [
+    '[lr=0.001]',
+    'a*',
+    'b?',
+    'c d',
+    'Läufe',
+    '_e',
+    '$^$',
+    '-g',
+    b'h\xff',
+  ]
+  points = [('x/episode_return', step, float(step), step) for step in range(9)]
+  for i, name in enumerate(names):
+    write(tmp_path / 'new', points, flags={'learning_rate': i})
+    os.rename(
+      tmp_path / 'new', os.fsencode(tmp_path) + b'/' + os.fsencode(name)
+    )
+  result = subprocess.run(
+    # The first and the last of them as a shell may leave them.
+    [
+      *(sys.executable, os.path.join(ROOT, 'plot.py'), '--', '~/[lr=0.001]'),
+      *names[1:],
+    ],
+    capture_output=True,
+    cwd=tmp_path,
+    env={
+      **os.environ,
+      'HOME': str(tmp_path),
+      'LC_ALL': 'POSIX',
+      'PYTHONIOENCODING': 'ascii',
+      'PYTHONUTF8': utf8,
+    },
+    timeout=120,
+    check=False,
+  )
+  output = tmp_path / '[lr=0.001]' / 'learning_curve.png'
+  assert result.stderr.decode() == ''
+  assert result.stdout.decode() == f'Learning curve: {output}\n'
+  assert plt.imread(output)[..., :3].std() > 0.05
 
 
 def test_picture_of_a_suite(tmp_path):
@@ -121,4 +222,7 @@ def test_picture_of_a_suite(tmp_path):
     check=False,
   )
   assert wrong.returncode == 1
-  assert wrong.stderr == f'plot.py: no episodes found in {tmp_path / "none"}.\n'
+  assert wrong.stderr == (
+    f'plot.py: {tmp_path / "none"} can not be read (No such file or '
+    'directory).\n'
+  )

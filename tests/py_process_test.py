@@ -3,6 +3,8 @@
 
 import collections
 import concurrent.futures
+import contextlib
+import inspect
 import itertools
 import os
 import pickle
@@ -11,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -95,7 +98,7 @@ class Counter(Base):
     os._exit(code)
 
   def exit(self, code):
-    sys.exit(code)
+    sys.exit(int(code))
 
   def reset(self):
     self._count = 0
@@ -711,7 +714,6 @@ def test_calls_like_the_ones_before_are_not_worked_out(dtype, first, second):
     (object, np.array(['a'], object), np.array([1], object), 'can not be sent'),
     (object, 'x', np.zeros(1, '>f4'), 'can not be sent'),
     (object, 'x', True, 'is bool'),
-    (object, 'x', 'y\ud800', 'UnicodeEncodeError'),
     (np.float32, 1.0, (1.0, 2.0), 'returned 2 values'),
     pytest.param(np.float32, 1.0, 10**400, 'OverflowError', id='huge'),
     (np.int64, 1, 2**70, 'OverflowError'),
@@ -847,6 +849,151 @@ def test_exception_arrives_with_its_traceback():
     process.call('fail', 'x')
 
 
+_MESSAGES = [
+  'no licence file\nsee http://example.org',
+  'array([[1, 2]]) [[{{node x}}]]\n\n\t [[{{node y}}]]\nTraceback (most',
+  'The environment process died. An environment process took more than 1; it',
+  'Grüße',
+]
+
+
+class Raiser(Base):
+  """Raises what it is told to."""
+
+  SPECS = {'step': ArraySpec((), np.int32), 'chain': (), 'next': ()}
+
+  def __init__(self, message=None):
+    if message is not None:
+      raise ValueError(message)
+
+  def step(self, message):
+    self._look_up(message)
+
+  def _look_up(self, message):
+    raise ValueError(message.decode())
+
+  def chain(self, message):
+    try:
+      self._look_up(message)
+    except ValueError as error:
+      raise LookupError('an outer message\n') from error
+
+  def next(self):
+    pass
+
+
+def _error_of(call, *args):
+  try:
+    call(*args)
+  except (tf.errors.OpError, py_process.ProcessError) as error:
+    return error
+  raise AssertionError('There was no error.')
+
+
+def _line_of(function, text):
+  """Returns the number of the line of a function that has a text."""
+  lines, first = inspect.getsourcelines(function)
+  return first + next(i for i, line in enumerate(lines) if text in line)
+
+
+@pytest.mark.parametrize('message', _MESSAGES)
+def test_failure_tells_the_message_and_the_environments_own_frames(message):
+  process = _start(Raiser)
+  operation = process.proxy.step(message)
+  frames = [
+    f'line {_line_of(Raiser.step, "_look_up(")}, in step',
+    f'line {_line_of(Raiser._look_up, "raise")}, in _look_up',
+  ]
+  for error in (
+    _error_of(_run, operation),
+    _error_of(process.call, 'step', message),
+  ):
+    failure = py_process.failure(error)
+    assert failure.reason == f'raised in step:\nValueError: {message}'
+    lines = failure.traceback.split('\n')
+    assert lines[0] == 'Traceback (most recent call last):'
+    assert [
+      line.split(', ', 1)[1] for line in lines if 'File' in line
+    ] == frames
+    assert failure.traceback.endswith(f'\nValueError: {message}')
+  process.restart()
+  assert process.exit_code() is None
+  assert process.call('next') == ()
+
+
+@pytest.mark.parametrize('message', _MESSAGES)
+def test_failure_of_a_constructor(message):
+  process = py_process.PyProcess(Raiser, message)
+  failure = py_process.failure(_error_of(process.start))
+  assert failure.reason == f'raised in its constructor:\nValueError: {message}'
+  assert f'line {_line_of(Raiser.__init__, "raise")}, in' in failure.traceback
+  assert failure.traceback.count(', in ') == 1
+  assert process.exit_code() == 1
+  process.restart(message=None)
+  assert process.call('next') == ()
+
+
+def test_failure_has_the_causes_of_an_exception():
+  failure = py_process.failure(
+    _error_of(_start(Raiser).call, 'chain', 'an inner message')
+  )
+  assert failure.reason == 'raised in chain:\nLookupError: an outer message'
+  assert 'ValueError: an inner message' in failure.traceback
+  assert 'direct cause' in failure.traceback
+  assert 'py_process.py' not in failure.traceback
+
+
+def test_failures_without_an_exception():
+  process = _start(Counter)
+  dead = process.proxy.leave(3)
+  assert py_process.failure(_error_of(_run, dead)) == ('died', '')
+  process.restart()
+  error = _error_of(process.call, 'leave', 3)
+  assert py_process.failure(error) == ('died', '')
+  process = _start(Script, np.float32, [1.0, np.zeros(1)])
+  process.call('next')
+  failure = py_process.failure(_error_of(_run, process.proxy.next()))
+  assert 'Result 0 of next is double[1], its' in failure.reason
+
+
+def test_errors_of_the_program_are_no_failures():
+  error = _error_of(_run, tf.debugging.check_numerics(np.nan, 'not finite'))
+  assert py_process.failure(error) is None
+  error = _error_of(py_process.PyProcess(Counter).call, 'next')
+  assert py_process.failure(error) is None
+
+
+def test_exit_of_a_constructor():
+  class Exiting(Base):
+    def __init__(self, code):
+      sys.exit(code)
+
+  for code, expected in ((3, 3), (None, 0), ('no licence', 1)):
+    process = py_process.PyProcess(Exiting, code)
+    with pytest.raises(
+      py_process.ProcessError, match=f'died with exit code {expected}'
+    ):
+      process.start()
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    (b'caf\xe9'.decode(errors='surrogateescape'), b'caf\xe9'),
+    ('y\ud800', b'y?'),
+  ],
+)
+def test_text_without_encoding_arrives(text, expected, answer_calls):
+  giver = _Giver()
+  with _Line(answer_calls, giver) as line:
+    for giver.result in ('tan', text, text, 'red'):
+      error, (received,) = line.call('call', [object])
+      assert not error
+      assert received == (
+        expected if giver.result is text else giver.result.encode()
+      )
+
+
 def test_exception_in_constructor_ends_all():
   class Broken(Base):
     def __init__(self):
@@ -938,7 +1085,9 @@ def test_killed_process_is_noticed_and_restarted(during, other, pool):
     ('kill_itself', signal.SIGSEGV, -signal.SIGSEGV),
     ('kill_itself', signal.SIGKILL, -signal.SIGKILL),
     ('leave', 7, 7),
-    ('exit', 7, 1),
+    ('exit', 7, 7),
+    ('exit', 0, 0),
+    ('exit', -1, 255),
   ],
 )
 def test_exit_code_tells_how_a_process_ended(method, argument, code):
@@ -984,6 +1133,153 @@ def test_death_of_the_fork_server_ends_processes():
     assert _run(process.proxy.next()) == 4
   assert py_process._fork_server._server.pid != server
   assert not any(map(os.path.exists, folders))
+
+
+# --- Calls that take too long -----------------------------------------------
+
+
+@pytest.fixture
+def limit():
+  """Sets a limit for calls, in seconds, for one test."""
+  yield py_process.set_call_timeout
+  py_process.set_call_timeout(None)
+
+
+class Hanging(Base):
+  """Hangs where it is told to, with helpers, and can't be asked to end."""
+
+  SPECS = {'hang': (), 'nap': (), 'next': ArraySpec((), np.int32)}
+
+  def __init__(self, folder, hangs=False):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      signal.signal(number, signal.SIG_IGN)  # Helpers inherit it.
+    helper = subprocess.Popen(['sleep', '300'])
+    child = os.fork()
+    if child == 0:
+      time.sleep(300)
+      os._exit(0)
+    with open(os.path.join(folder, 'pids'), 'a') as file:
+      print(os.getpid(), helper.pid, child, file=file)
+    if hangs:
+      self.hang()
+
+  def hang(self):
+    while True:
+      time.sleep(1)
+
+  def nap(self):
+    time.sleep(0.1)
+
+  def next(self):
+    return 1
+
+
+def _read_pids(folder):
+  return [int(pid) for pid in (folder / 'pids').read_text().split()]
+
+
+@pytest.mark.parametrize(
+  ('caller', 'hang'),
+  [
+    pytest.param('operation', 'hang', marks=needs_op),
+    pytest.param('operation', 'stop', marks=needs_op),
+    ('Python', 'hang'),
+    ('Python', 'stop'),
+  ],
+)
+def test_hanging_call_ends_with_its_process(
+  caller, hang, limit, tmp_path, pool
+):
+  process = _start(Hanging, str(tmp_path))
+  method = 'hang'
+  if hang == 'stop':
+    method = 'next'
+    os.kill(process.pid, signal.SIGSTOP)
+  limit(0.5)
+  if caller == 'operation':
+    operation = getattr(process.proxy, method)()
+    call = pool.submit(_session().run, operation)
+    expected = tf.errors.DeadlineExceededError
+  else:
+    call = pool.submit(process.call, method)
+    expected = py_process.ProcessError
+  error = call.exception(_PATIENCE)
+  assert isinstance(error, expected), error
+  assert f'took more than 0.5 seconds for {method}; it was killed' in str(error)
+  assert process.exit_code(_SOON) == -signal.SIGKILL
+  pids = _read_pids(tmp_path)
+  assert len(pids) == 3
+  _eventually(lambda: not any(map(_is_alive, pids)))
+  with pytest.raises((tf.errors.OpError, py_process.ProcessError)):
+    process.call('next')
+  limit(None)
+  process.restart()
+  assert process.call('next') == 1
+  assert _run(process.proxy.next()) == 1
+
+
+@pytest.mark.parametrize('num_hanging', [1, 3])
+def test_hanging_constructor_ends_with_its_process(
+  num_hanging, limit, tmp_path, pool
+):
+  limit(0.5)
+  processes = [
+    py_process.PyProcess(Hanging, str(tmp_path), i < num_hanging)
+    for i in range(3)
+  ]
+  error = pool.submit(py_process.start_all, processes).exception(_PATIENCE)
+  assert isinstance(error, py_process.ProcessError), error
+  assert 'took more than 0.5 seconds for its constructor' in str(error)
+  pids = _read_pids(tmp_path)
+  assert len(pids) == 9
+  _eventually(lambda: not any(map(_is_alive, pids)))
+  limit(None)
+  processes[0].restart(hangs=False)
+  assert processes[0].call('next') == 1
+
+
+@needs_op
+def test_calls_behind_a_hanging_one_fail_with_it(limit, tmp_path, pool):
+  process, other = (_start(Hanging, str(tmp_path)) for _ in range(2))
+  hang, behind = process.proxy.hang(), process.proxy.next()
+  with _session() as session:
+    first = pool.submit(session.run, hang)
+    time.sleep(0.2)
+    calls = [first, *(pool.submit(session.run, behind) for _ in range(3))]
+    time.sleep(0.2)
+    limit(0.2)
+    for call in calls:
+      error = call.exception(_PATIENCE)
+      assert isinstance(error, tf.errors.DeadlineExceededError), error
+      assert 'for hang' in error.message
+    assert session.run(other.proxy.next()) == 1
+
+
+@needs_op
+def test_cancelled_call_that_hangs_ends_its_process(limit, tmp_path):
+  process = _start(Hanging, str(tmp_path))
+  hang = process.proxy.hang()
+  with _session() as session:
+    with pytest.raises(tf.errors.OpError):
+      session.run(hang, options=tf.RunOptions(timeout_in_ms=50))
+    limit(0.2)
+    assert process.exit_code(_PATIENCE) == -signal.SIGKILL
+    with pytest.raises(tf.errors.DeadlineExceededError, match='cancelled'):
+      session.run(process.proxy.next())
+
+
+def test_limit_is_for_each_call(limit, tmp_path):
+  """Neither for all of them, nor for the time between."""
+  process = _start(Hanging, str(tmp_path))
+  nap = process.proxy.nap()
+  limit(2.0)
+  with _session() as session:
+    for _ in range(15):
+      session.run(nap)
+      process.call('nap')
+    time.sleep(2.5)
+    session.run(nap)
+  assert process.exit_code() is None
 
 
 # --- Cancellation -----------------------------------------------------------
@@ -1049,6 +1345,30 @@ def test_two_threads_may_close_a_process():
       for closing in [pool.submit(process.close) for _ in range(2)]:
         closing.result(_PATIENCE)
       assert process.exit_code() == 0
+
+
+def test_exit_code_is_of_the_last_process():
+  """Also if another thread closes it meanwhile, and starts the next one."""
+  process = _start(Counter)
+  codes, stop = set(), threading.Event()
+
+  def ask():
+    while not stop.is_set():
+      codes.add(process.exit_code())
+
+  threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+  for thread in threads:
+    thread.start()
+  try:
+    for i in range(50):
+      process.restart(start=i)
+      assert _is_alive(process.pid)
+  finally:
+    stop.set()
+  for thread in threads:
+    thread.join(_PATIENCE)
+    assert not thread.is_alive()
+  assert codes <= {None, 0}
 
 
 @needs_op
@@ -1375,6 +1695,113 @@ def test_helper_dies_with_its_process():
   _eventually(lambda: not _is_alive(helper))
 
 
+class Mapper(Base):
+  """Maps files, and makes named shared memory of its own."""
+
+  SPECS = {'map': (), 'make': ArraySpec((), object), 'fork': ()}
+
+  def __init__(self):
+    self._kept = []
+
+  def map(self, path, how):
+    import mmap
+
+    writes = how == b'shared and writable'
+    with open(path, 'r+b' if writes else 'rb') as file:
+      self._kept.append(
+        mmap.mmap(
+          file.fileno(),
+          0,
+          mmap.MAP_SHARED if b'shared' in how else mmap.MAP_PRIVATE,
+          mmap.PROT_READ | (mmap.PROT_WRITE if writes else 0),
+        )
+      )
+
+  def make(self):
+    import multiprocessing.shared_memory
+
+    memory = multiprocessing.shared_memory.SharedMemory(create=True, size=100)
+    self._kept.append(memory)
+    return '/dev/shm/' + memory.name
+
+  def fork(self):
+    """Starts a helper that has the same mapped, as ViZDoom's engine has."""
+    if os.fork() == 0:
+      time.sleep(300)
+      os._exit(0)
+
+
+@pytest.fixture
+def shared_memory():
+  """A function that makes a file in /dev/shm, in a folder or not."""
+  folders = [tempfile.mkdtemp(dir='/dev/shm')]
+  files = []
+
+  def make(in_folder):
+    descriptor, path = tempfile.mkstemp(
+      dir=folders[0] if in_folder else '/dev/shm'
+    )
+    files.append(path)
+    os.write(descriptor, b'precious')
+    os.close(descriptor)
+    return path
+
+  yield make
+  for path in files:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(path)
+  os.rmdir(folders[0])
+
+
+@pytest.mark.parametrize('end', ['killed', 'closed'])
+@pytest.mark.parametrize(
+  ('how', 'in_folder', 'is_older'),
+  [
+    ('shared', False, True),
+    ('shared', False, False),
+    ('shared', True, False),
+    ('private', False, False),
+    ('private', True, False),
+    ('shared and writable', True, False),
+    ('shared and writable', True, True),
+    ('shared and writable', False, True),
+  ],
+)
+def test_files_of_others_in_shared_memory_are_kept(
+  how, in_folder, is_older, end, shared_memory
+):
+  if is_older:
+    foreign = shared_memory(in_folder)
+  process = _start(Mapper)
+  if not is_older:
+    foreign = shared_memory(in_folder)
+  process.call('map', foreign, how)
+  own = process.call('make').decode()
+  assert os.path.exists(own)
+  if end == 'killed':
+    process.call('fork')
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.exit_code(_SOON) == -signal.SIGKILL
+  else:
+    process.close()
+  assert not os.path.exists(own)
+  with open(foreign) as file:
+    assert file.read() == 'precious'
+
+
+def test_shared_memory_that_took_a_name_is_kept(shared_memory):
+  """The environment's own is gone already: the name is another file's."""
+  process = _start(Mapper)
+  own = process.call('make').decode()
+  os.rename(shared_memory(False), own)
+  process.call('fork')
+  os.kill(process.pid, signal.SIGKILL)
+  assert process.exit_code(_SOON) == -signal.SIGKILL
+  with open(own) as file:
+    assert file.read() == 'precious'
+  os.unlink(own)
+
+
 _SMALL = """
   import os, signal, sys
   import numpy as np
@@ -1422,10 +1849,24 @@ _SMALL = """
     assert got['sum'] == 5 and got['text'] == 'ä\\0'.encode(), got
     assert got['array'].shape == (2, 0, 3)
   assert 'ValueError: as ordered' in error(fail)
+  try:
+    session.run(fail)
+  except tf.errors.OpError as e:
+    reason, traceback = py_process.failure(e)
+  assert reason == 'raised in fail:\\nValueError: as ordered', reason
+  assert traceback.count('File') == 1, traceback
+  assert traceback.endswith('\\nValueError: as ordered'), traceback
   assert 'promise' in error(wrong), error(wrong)
   os.kill(process.pid, signal.SIGKILL)
   assert 'died' in error(fail)
   assert process.exit_code(5) == -9
+  process.restart()
+  assert session.run(result)['sum'] == 5
+  py_process.set_call_timeout(0.5)
+  os.kill(process.pid, signal.SIGSTOP)
+  assert 'took more than 0.5 seconds for add' in error(result['sum'])
+  assert process.exit_code(5) == -9
+  py_process.set_call_timeout(None)
   process.restart()
   assert session.run(result)['sum'] == 5
   print('library', py_process.has_library())
