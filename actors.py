@@ -2,8 +2,8 @@
 """Actors: their threads, their environment processes, restarts and seeds.
 
 In: the graph of an actor and what is played. Out: unrolls, by running the graph
-in a thread for each actor, and statistics. Training calls what plays `Actors`;
-on one machine these are `ActorLoops`.
+in a thread for each actor, and statistics. Training uses the interface
+`Actors`. On one machine `ActorLoops` has it, on many `cluster.ActorRegistry`.
 """
 
 import collections
@@ -17,16 +17,18 @@ from absl import logging
 import py_process
 from errors import describe_exit
 
-# Totals: restarts of environment processes, and see `BatchingStatistics`.
+# Totals: restarts of environment processes, and the fields of
+# `dynamic_batching.BatchingStatistics`.
 ActorStatistics = collections.namedtuple(
   'ActorStatistics', 'restarts batches requests wait_seconds'
 )
 
 
 class Actors(tf.train.SessionRunHook):
-  """What a training needs of its actors, wherever they are.
+  """The actors of a training, on this machine or on others.
 
-  A hook of the training's session, which has these attributes from then on:
+  A hook of the training's session. Once there is a session, it has these
+  attributes:
 
     session: the `tf.Session`, without hooks.
     coord: its `tf.train.Coordinator`.
@@ -42,11 +44,11 @@ class Actors(tf.train.SessionRunHook):
     raise NotImplementedError
 
   def membership(self):
-    """Returns a dict of metrics on who takes part, and lines for people."""
+    """Returns metrics, a dict, and lines on which actors take part."""
     return {}, []
 
   def membership_changes(self):
-    """Returns lines on who came and went since the last call."""
+    """Returns lines on which actors joined and left since the last call."""
     return []
 
   def close(self, error=None):
@@ -102,7 +104,7 @@ class ActorLoops(Actors):
     )
 
   def close(self, error=None):
-    del error  # However the training ends.
+    del error  # The processes end in any case.
     py_process.close_all(self.processes)
 
   def begin(self):
@@ -212,7 +214,7 @@ def start_threads(coord, functions):
 def make_start(session, actor, index):
   """Returns a function of an actor's index that starts its environment.
 
-  It returns the flat state to begin with.
+  That function returns the first state, flat.
   """
   return session.make_callable(tf.nest.flatten(actor.initial_state), [index])
 
@@ -220,7 +222,7 @@ def make_start(session, actor, index):
 def make_unroll(session, actor, index, fetches):
   """Returns a function of an actor's index and flat state that plays an unroll.
 
-  It returns the values of `fetches` and the next flat state.
+  That function returns the values of `fetches` and the next state, flat.
   """
   return session.make_callable(
     [fetches, tf.nest.flatten(actor.next_state)],
@@ -229,11 +231,11 @@ def make_unroll(session, actor, index, fetches):
 
 
 def create_processes(game, count, seed_of, first=0):
-  """Returns some `PyProcess`, not started; levels are assigned round-robin.
+  """Returns `PyProcess`es, not started. Levels are assigned in turn.
 
   Args:
     game: `Game`.
-    count: int, how many.
+    count: int, number of processes.
     seed_of: function from a process's index to its environment's seed.
     first: int, number of the first environment among those of all tasks.
   """

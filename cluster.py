@@ -1,10 +1,10 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Training on many machines: what learner and actor tasks share.
 
-In: unrolls and parameters. Out: the same on another machine, and who takes
-part. `SharedState` is built on both sides; `start_server` and `ActorRegistry`
-are the learner task's side, `LearnerClient` and `ParameterSync` that of an
-actor task.
+In: unrolls of the actor tasks, parameters of the learner task. Out: each on the
+other machine, and which tasks take part. Both sides build `SharedState`;
+`start_server` and `ActorRegistry` are the learner task's side, `LearnerClient`
+and `ParameterSync` that of an actor task.
 """
 
 import collections
@@ -30,10 +30,10 @@ from errors import UserError
 
 HEARTBEAT_SECONDS = 2  # Between two heartbeats of an actor task.
 _LOST_SECONDS = 10  # Without any, an actor task counts as lost.
-_ANSWER_SECONDS = 10  # For the learner to answer ...
-_ROOM_SECONDS = 60  # ... and to take an unroll, as its queue may be full.
+_ANSWER_SECONDS = 10  # For the learner to answer a call.
+_ROOM_SECONDS = 60  # For the learner to take an unroll: its queue may be full.
 _FAREWELL_SECONDS = 5  # For actor tasks to notice that training is done.
-_WAITING_SECONDS = 30  # Between two lines of an actor task that waits.
+_WAITING_SECONDS = 30  # Between two lines that say that a task waits.
 
 # A heartbeat of an actor task: when it came and when the task was started
 # (seconds since 1970, by the learner's and by the task's clock), how many
@@ -46,17 +46,18 @@ Heartbeat = collections.namedtuple(
 class SharedState:
   """What the learner task shares with its actor tasks, in its memory.
 
-  Both sides build it: its resources have the same names on both, and a session
+  Both sides build it. As its resources have the same names on both, a session
   of an actor task on the learner's server uses those of the learner. Actor
-  tasks only call, they are never called: they need neither port nor address.
+  tasks call the learner and are never called, so they need no port.
   """
 
   def __init__(self, build_queue):
     """Makes the resources; `build_queue` returns the `NestQueue` of unrolls."""
-    # A name and a device that don't depend on the rest of the graph.
+    # Names and device must be the same on both sides, whatever else is in the
+    # graph.
     with tf.name_scope('shared/'), tf.device('/cpu:0'):
       self.queue = build_queue()
-      # All of the agent's in one, for one transfer.
+      # All parameters in one tensor, for a single transfer.
       self._parameters = _shared_variable('parameters', tf.float32, [None])
       self._global_step = _shared_variable('frames', tf.int64, [])
       self._requirements = _shared_variable('requirements', tf.string, [])
@@ -111,7 +112,7 @@ class SharedState:
     """
     with tf.device('/cpu:0'):
       heartbeat = tf.concat([[tf.timestamp()], values], 0)
-      # The address first: each task with a heartbeat has one.
+      # The address is written first: each task with a heartbeat has one.
       named = tf.raw_ops.LookupTableInsertV2(
         table_handle=self._addresses, keys=[task], values=[address]
       )
@@ -141,7 +142,8 @@ class SharedState:
 
 
 def _shared_variable(name, dtype, shape):
-  # In no collection: it's neither initialised nor saved with the others.
+  # In no collection, so that it is neither initialised nor saved with the
+  # other variables.
   return tf.Variable(
     tf.zeros([n or 0 for n in shape], dtype),
     shape=tf.TensorShape(shape),
@@ -153,13 +155,15 @@ def _shared_variable(name, dtype, shape):
 
 
 def repeat_refused(session):
-  """Has a session on a server repeat the runs that it refuses by mistake.
+  """Makes a session repeat the runs that its server refuses by mistake.
 
   The server refuses a run if its id is among the last 100,000. TensorFlow draws
   the id in a new thread for each run, from a seed of 32 bits, so about one run
-  in 43,000 is refused. Besides, the message of an error quotes what was fed,
-  and TensorFlow's Python part needs a time that is quadratic in the length of a
-  message: with an unroll in it, it would not end. So messages are cut.
+  in 43,000 is refused.
+
+  Messages of errors are cut. They quote what was fed, and TensorFlow's Python
+  code takes a time that is quadratic in the length of a message: with an unroll
+  in it, it would not end.
   """
 
   def repeat(run, *args):
@@ -244,7 +248,7 @@ def shut_out_other_hosts(port):
   rows = ctypes.create_string_buffer(rows)
   program = struct.pack('HP', len(_TO_THIS_HOST), ctypes.addressof(rows))
   for fd in map(int, os.listdir('/proc/self/fd')):
-    # Some are no sockets, one was that of the list itself.
+    # Some are no sockets; the one that listed the folder is closed.
     with contextlib.suppress(OSError), _socket_of(fd) as listener:
       if (
         listener.family in (socket.AF_INET, socket.AF_INET6)
@@ -254,7 +258,7 @@ def shut_out_other_hosts(port):
 
 
 def _socket_of(fd):
-  """Returns a `socket.socket` of its own for a file descriptor's socket."""
+  """Returns a new `socket.socket` for the socket of a file descriptor."""
   if not stat.S_ISSOCK(os.fstat(fd).st_mode):
     raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
   return socket.socket(fileno=os.dup(fd))
@@ -264,7 +268,7 @@ class ActorRegistry(Actors):
   """The actor tasks of a learner task, known by their heartbeats."""
 
   def __init__(self, shared, agent, global_step, requirements, num_expected):
-    """Builds what is needed; from the session's start on, tasks may join.
+    """Builds the operations. Tasks may join once the session has started.
 
     Args:
       shared: `SharedState`.
@@ -281,7 +285,7 @@ class ActorRegistry(Actors):
     self._finish = shared.finish()
     self._read_heartbeats = shared.heartbeats()
     self._connected = {}  # The last heartbeats by task.
-    self._statistics = {}  # By task and its start.
+    self._statistics = {}  # By task and the time of its start.
     self._period_begin = collections.Counter()  # Unrolls by task and its start.
     self._num_joined = self._num_lost = 0
 
@@ -365,7 +369,7 @@ class ActorRegistry(Actors):
     return values, [line]
 
   def close(self, error=None):
-    # After an error, the learner may be restarted: its tasks wait for it.
+    # After an error the learner may be restarted, so its tasks go on waiting.
     if error:
       return
     self.session.run(self._finish)
@@ -400,8 +404,8 @@ _LEARNER_GONE = (
 class LearnerClient:
   """An actor task's connection to the learner task.
 
-  If the learner is gone, all methods wait until it is back and repeat there
-  what failed. They may be called by any thread.
+  If the learner is gone, all methods wait until it is back, and repeat what
+  failed. They may be called by any thread.
   """
 
   def __init__(
@@ -414,7 +418,7 @@ class LearnerClient:
     requirements,
     received_signals,
   ):
-    """Builds what is run on the learner; `join` has to be called first.
+    """Builds what is run on the learner; `join` has to be called before.
 
     Args:
       learner_address: host:port of the learner.
@@ -429,7 +433,7 @@ class LearnerClient:
     self._task = task
     self._requirements = json.loads(requirements)
     self._received_signals = received_signals
-    self._lock = threading.Lock()  # Of joining.
+    self._lock = threading.Lock()  # Held while joining.
     self._session = None
     self._started = time.time()
     self._graph = tf.Graph()
@@ -455,13 +459,13 @@ class LearnerClient:
     self._left = False
 
   def join(self):
-    """Waits for the learner.
+    """Connects to the learner, and waits for it if it isn't there.
 
     Returns:
-      Whether it's there; else this task is to end.
+      Whether it is connected. If not, this task is to end.
 
     Raises:
-      UserError: it has other settings.
+      UserError: the learner has other settings.
     """
     with self._lock:
       self._connect()
@@ -506,10 +510,10 @@ class LearnerClient:
 
   def _rejoin(self, session):
     with self._lock:
-      # Else another thread did it already.
+      # Otherwise another thread has connected again already.
       if session is self._session:
         _close(session)
-        # A learner that fails is still there for a moment.
+        # A learner that fails still answers for a moment.
         time.sleep(0.5)
         self._connect()
 
@@ -569,8 +573,8 @@ def _within(seconds):
 def _close(session):
   """Closes a session; returns the thread that does so.
 
-  If the learner is there, calls under way end. If not, it takes as long as they
-  do.
+  If the learner is there, this ends the calls under way. If it isn't, the
+  thread waits until they have timed out.
   """
 
   def close():
@@ -584,19 +588,19 @@ def _close(session):
 
 def _client_config():
   config = tf.ConfigProto(operation_timeout_in_ms=1000 * _ANSWER_SECONDS)
-  # The connection of a learner that vanished, with its host, stays open for
-  # minutes: a new session needs a new one.
+  # If the learner's host vanishes, the connection to it stays open for minutes.
+  # So a new session needs a connection of its own.
   config.rpc_options.disable_session_connection_sharing = True
-  # There is nothing to optimise, and the learner would do it for each task.
+  # The graph has nothing to optimise, but the learner would try for each task.
   config.graph_options.rewrite_options.disable_meta_optimizer = True
   return config
 
 
 class ParameterSync(tf.train.SessionRunHook):
-  """Has the environments of an actor task play in rounds.
+  """Makes the environments of an actor task play in rounds.
 
-  In a round each plays an unroll, all with the same parameters, which are
-  fetched from the learner between two rounds.
+  In a round, each environment plays an unroll, all with the same parameters.
+  Between two rounds, the next parameters are fetched from the learner.
   """
 
   def __init__(self, client, agent, num_environments):
@@ -636,7 +640,7 @@ class ParameterSync(tf.train.SessionRunHook):
     return True
 
   def stop(self):
-    """Ends the wait of all environments for the end of the round."""
+    """Ends the environments' wait for the end of the round."""
     self._barrier.abort()
 
   def _end_round(self):

@@ -1,11 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Sections of the paper's deep torso, in a fraction of TensorFlow's time.
+"""Sections of the paper's deep torso, faster than TensorFlow's operations.
 
 The deep network spends nearly all of its time in convolutions of 16 or 32
-channels, and TensorFlow's are made for many more. On processors with AVX-512 a
+channels, and TensorFlow's are made for many more. On processors with AVX-512, a
 `section` is one operation of our own (`convolution_ops.cc`, built by `make
-ops`), everywhere else, as on GPUs, one of TensorFlow's; results differ in
-rounding. It is for graphs, not for eager execution.
+ops`). Elsewhere, and on GPUs, it consists of TensorFlow's operations. The
+results of both differ in rounding. For graphs, not for eager execution.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ def _library():
 
 @functools.cache
 def available(precision='float32'):
-  """Returns whether `section` is of our own operations here.
+  """Returns whether `section` uses our own operations on this machine.
 
   Args:
     precision: 'float32' or 'bfloat16'.
@@ -64,19 +64,21 @@ def available(precision='float32'):
 def section(frames, weights, biases, precision='float32', by_tensorflow=False):
   """Convolves frames, pools, and adds residual blocks (the paper's figure 3).
 
-  Convolutions are of 3x3 pixels; with zeros around frames, their size stays.
-  The pool takes the maximum around every second pixel. A block is a ReLU, a
-  convolution, a ReLU and another one, added to what it is given.
+  Convolutions are of 3x3 pixels, with zeros around the frames, so that their
+  size stays. The pool takes the maximum of 3x3 pixels around every second one.
+  A block is a ReLU, a convolution, a ReLU and a convolution; its input is added
+  to its output.
 
   Args:
-    frames: float32 [N, height, width, in], or uint8, which count as 255ths.
+    frames: float32 [N, height, width, in], or uint8, which are divided by 255.
     weights: list of float32 [3, 3, in, out] and, for each block, two of
       [3, 3, out, out].
     biases: list of as many float32 [out].
-    precision: 'bfloat16' to round what our own operations multiply to it, but
-      not for the gradients of weights of less than 16 channels. TensorFlow's
-      operations do so if the session rewrites them.
-    by_tensorflow: whether to use none but TensorFlow's operations.
+    precision: 'float32' or 'bfloat16', to which our own operations round what
+      they multiply, except for the gradients of weights of less than 16
+      channels. TensorFlow's operations do so only if the session's options make
+      it rewrite the graph.
+    by_tensorflow: whether to use TensorFlow's operations in any case.
 
   Returns:
     float32 [N, ceil(height / 2), ceil(width / 2), out].

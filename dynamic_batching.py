@@ -85,7 +85,7 @@ def batch_fn_with_options(
   dimension 1, and so has each result. The undecorated function sees arguments
   with a leading dimension between 1 and `maximum_batch_size`, statically
   unknown unless the options allow only one size, and must return tensors with
-  the same leading dimension. Without a gradient.
+  the same leading dimension. It has no gradient.
 
   The first call in a graph builds the computation in that graph, outside of
   any loop or control dependency of the caller, so that the function may create
@@ -215,8 +215,8 @@ class _BatchedFunction:
         'A batched function is for a tf.Graph that a tf.Session runs; there is '
         'nothing to batch in eager execution.'
       )
-    # Kept in the graph, not here, so as not to keep the graph alive. A key that
-    # is no string isn't exported with the graph.
+    # Kept in the graph: a reference to it from here would keep the graph alive.
+    # A key that is no string isn't exported with the graph.
     found = tf.get_default_graph().get_collection_ref((_BatchedFunction, self))
     return found[0] if found else None
 
@@ -326,7 +326,7 @@ def _only_on(device):
 def _after(op):
   """Ops built within run after `op`, except those that initialize variables.
 
-  Without it a step would read the variables when it begins to wait for a batch.
+  Otherwise a step would read variables when it begins to wait for a batch.
 
   Args:
     op: `tf.Operation`.
@@ -342,7 +342,7 @@ def _after(op):
 
   with tf.control_dependencies([op]), tf.variable_creator_scope(creator):
     yield
-  # An initial value may have been built within, and mustn't wait for a batch.
+  # Initial values may have been built within. They mustn't wait for a batch.
   for initializing in _ancestors([v.initializer for v in variables]):
     _remove_control_input(initializing, op)
 
@@ -368,7 +368,7 @@ def _remove_control_input(op, control_input):
 
 
 class _BatchRunner(tf.train.QueueRunner):
-  """A QueueRunner for which the error of one batch isn't the end.
+  """A QueueRunner that goes on after the error of a batch.
 
   `enqueue_ops[i]` must compute a batch that it gets as owner `i`.
   """
@@ -418,7 +418,7 @@ class _BatchRunner(tf.train.QueueRunner):
           raise
 
   def _leave(self, sess):
-    """Closes the batcher after the last thread, lest callers wait for ever."""
+    """Closes the batcher after the last thread: callers would wait for ever."""
     with self._lock:
       self._runs_per_session[sess] -= 1
       if self._runs_per_session[sess]:
@@ -430,10 +430,10 @@ class _BatchRunner(tf.train.QueueRunner):
 
 
 class _Batcher:
-  """A batcher in the default graph, driven by hand.
+  """A batcher in the default graph, whose ops the user has to run.
 
-  Its resource lives on the CPU of the task of the device scope in which it's
-  made, and so do all its ops, wherever they're built.
+  Its resource is on the CPU of the task that the device scope names where the
+  batcher is made. So are all its ops, in whatever scope they are built.
 
   After `close`, and if the step that runs them is cancelled, all ops below but
   `statistics` and `close` end with a Cancelled error.
@@ -550,8 +550,8 @@ class _Batcher:
   def fail(self, owner, code, message):
     """Fails the requests of the last computation of an owner.
 
-    For the case that the step with `get_inputs` fails after it, so that nobody
-    else knows the computation.
+    If a step fails after its `get_inputs`, its computation id is lost. Only the
+    owner tells then which computation it was.
 
     Args:
       owner: Python int, as given to `get_inputs`.
@@ -566,7 +566,7 @@ class _Batcher:
       return _ops.dynamic_batcher_fail(self._handle, code, message, owner=owner)
 
   def close(self, cancel_pending_enqueues=False, name=None):
-    """Ends all waiting in the batcher with Cancelled, now and for ever.
+    """Ends all waits in the batcher, present and future, with Cancelled.
 
     Args:
       cancel_pending_enqueues: ignored; a queue has it, and a `QueueRunner`

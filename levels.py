@@ -46,7 +46,7 @@ SUITES = {
 }
 
 # What is played: the class of the levels' family, the levels' names for people
-# and for the environments, the `Settings`, what `describe` told of the levels,
+# and for the environments, the `Settings`, what `describe` returned for them,
 # and a dict from the names of the levels that can't be played to the reasons.
 Game = collections.namedtuple(
   'Game', 'family names levels settings spec missing'
@@ -54,7 +54,7 @@ Game = collections.namedtuple(
 
 
 def choose_game(level_name, settings):
-  """Finds out what is to be played.
+  """Finds and checks what is to be played.
 
   Args:
     level_name: of a level or a suite.
@@ -87,7 +87,7 @@ def choose_game(level_name, settings):
     for name in names
     if isinstance(specs[name], UserError)
   }
-  # A test reports the other levels all the same.
+  # A test plays the other levels, and reports these as missing.
   if missing and not (settings.is_test and specs):
     raise next(iter(missing.values()))
   spec = next(iter(specs.values()))
@@ -95,7 +95,7 @@ def choose_game(level_name, settings):
 
 
 def _full_name(name):
-  """Returns what a level's environment calls it."""
+  """Returns the name by which an environment knows the level."""
   for suite in SUITES.values():
     mapping = suite.module.LEVEL_MAPPING
     if name in mapping or name in mapping.values():
@@ -119,9 +119,9 @@ def reference_scores(names):
 
 
 def aggregates(level_name):
-  """Returns a suite's scores, functions of returns by level, by their names.
+  """Returns a dict from the names of a suite's scores to functions.
 
-  A single level has none.
+  Each takes a dict from level to returns. A single level has no such scores.
   """
   suite = SUITES.get(level_name)
   return suite.aggregates if suite else {}

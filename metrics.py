@@ -52,7 +52,7 @@ class Metrics:
     self._episodes = {
       level: collections.deque(maxlen=_EPISODES) for level in level_names
     }
-    # Since the last time that all levels had one, for the suite's score.
+    # Returns since the suite's last score, which needs one of each level.
     self._returns = collections.defaultdict(list)
     self._last_inference = np.zeros(3)
     self._last_update = time.monotonic()
@@ -90,7 +90,7 @@ class Metrics:
     """Writes the metrics of the period that ends now.
 
     Returns:
-      The same for people, a list of lines.
+      A list of lines that say the same to people.
     """
     restarts, *inference = self._actors.statistics()
     inference = np.array(inference)
@@ -166,13 +166,13 @@ class Metrics:
     self._write(values)
 
   def add_test(self, path):
-    """Writes what a test found.
+    """Writes the results of a test.
 
     Args:
       path: of the JSON file of its `evaluation.Results`.
 
     Returns:
-      The same for people, a line.
+      A line that says the same to people.
 
     Raises:
       ValueError: the test isn't complete.
@@ -180,7 +180,7 @@ class Metrics:
     with open(path) as file:
       content = json.load(file)
     for row in content['levels']:
-      # Those that ended first are not a sample of all.
+      # Short episodes end first: the mean of a part would be wrong.
       if not row['missing'] and row['episodes'] < content['num_episodes']:
         raise ValueError(f'{path} is not complete.')
     suite = self._level_name

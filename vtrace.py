@@ -61,9 +61,10 @@ def from_logits(
 ):
   """Computes V-trace targets for two softmax policies.
 
-  Takes the importance ratios rho_t = pi(a_t | x_t) / mu(a_t | x_t) from the
-  logits of both policies and goes on with `from_importance_weights`, which has
-  the formulas (section 4.1 of https://arxiv.org/abs/1802.01561).
+  Computes the importance ratios rho_t = pi(a_t | x_t) / mu(a_t | x_t) from the
+  logits of both policies, and from them the results of
+  `from_importance_weights`, where the formulas are (section 4.1 of
+  https://arxiv.org/abs/1802.01561).
 
   Args:
     behaviour_policy_logits: float32 `[T, B, num_actions]`, logits of mu, the
@@ -76,7 +77,7 @@ def from_logits(
     values: float32 `[T, B]`, V(x_t), estimates of pi's values.
     bootstrap_value: float32 `[B]`, V(x_T), the estimate after the last step.
     clip_rho_threshold: float scalar, the paper's rho-bar. It decides which
-      policy's value function the targets aim at. None: no clipping.
+      policy's values the targets estimate. None: no clipping.
     clip_pg_rho_threshold: float scalar, clips the ratio in `pg_advantages`.
       None: no clipping.
     name: string, the name scope of the operations.
@@ -218,8 +219,8 @@ def _clip(name, rhos, threshold):
 def _weigh(weights, x):
   """Multiplies so that a weight of zero gives zero, even if x overflowed.
 
-  Without clipping a huge ratio may make a target infinite. A discount of zero
-  then has to keep it out of the episode before.
+  Without clipping, a huge ratio may make a target infinite. The discount of
+  zero at the end of an episode keeps it out of that episode's targets.
   """
   return tf.math.multiply_no_nan(x, weights)
 
@@ -232,15 +233,15 @@ def _shift_left(x, last):
 def _solve_backward_recursion(deltas, decays, length):
   """Solves y_s = deltas_s + decays_s * y_{s+1} with y_T = 0.
 
-  Going back step by step would take T small operations in a row. This doubles
-  instead: before a round, y_s sums the k terms from s on and decays_s is the
-  product of the k factors from s on, so
+  Going back step by step would take T small operations in a row. Instead, a
+  round doubles the number k of terms: before it, y_s is the sum of the k terms
+  from s on, and decays_s the product of the k factors from s on. The round
 
     y_s      <- y_s + decays_s * y_{s+k}
     decays_s <- decays_s * decays_{s+k}
 
-  make it 2k. ceil(log2(T)) rounds do, each over all of T at once. It is a
-  Hillis-Steele scan; no division takes part, so decays of zero are exact.
+  makes it 2k. ceil(log2(T)) rounds are enough, each over all of T at once. This
+  is a Hillis-Steele scan. It has no division, so decays of zero are exact.
 
   Args:
     deltas: float32 `[T, B, ...]`.

@@ -1,15 +1,15 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What does batching a request cost, beside TensorFlow's own BatchFunction?
+"""How long does batching take, beside TensorFlow's own BatchFunction?
 
-Callers run `while_loop`s of requests, as actors do, in sessions' runs of their
-own. The batched computation is next to nothing (one value per row), so what is
-measured is the batching. Run it on an otherwise idle machine:
+Callers run a `while_loop` of requests each, as actors do, each in a
+`session.run` of its own. The batched computation is tiny (one value per row),
+so that the time of batching is measured. Run it on an otherwise idle machine:
 
   python -m benchmarks.batching
 
-A row of the table tells the median, over rounds that alternate between the
-batchers, of the requests per second, and of the time that a request takes more
-than in a round of as many callers that compute it without a batcher.
+Rounds alternate between the batchers. A row of the table has medians over the
+rounds: the requests per second, and the time that a batcher adds to a request,
+compared with as many callers that compute without a batcher.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def _dynamic(x):
 
 
 def _batch_function(x):
-  # It takes the static shape of its arguments for that of the batch.
+  # It would take the static shape of its arguments for that of a batch.
   x = tf.placeholder_with_default(x, [None, *x.shape[1:]])
   return tf.nondifferentiable_batch_function(
     num_batch_threads=1,

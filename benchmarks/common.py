@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What the benchmarks share: trainings to measure, yardsticks, tables."""
+"""What the benchmarks share: trainings to measure, rates, tables."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FRAMES = 'gym:benchmarks.common:Frames-v0'
 
 
 class Frames(gymnasium.Env):
-  """Shows the same picture all the time, of the size of DeepMind Lab's."""
+  """Always shows the same picture, of the size of DeepMind Lab's."""
 
   observation_space = gymnasium.spaces.Box(0, 255, (72, 96, 3), np.uint8)
   action_space = gymnasium.spaces.Discrete(9)
@@ -87,7 +87,7 @@ def _train(seconds, started, flags):
   def add_and_note(self, update):
     add(self, update)
     times.append(time.time())
-    if len(times) == 2:  # In the first ones, TensorFlow optimises the graph.
+    if len(times) == 2:  # TensorFlow optimises the graph in the first.
       timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
       timer.daemon = True
       timer.start()
@@ -95,7 +95,7 @@ def _train(seconds, started, flags):
   experiment.Metrics.add = add_and_note
   experiment.FLAGS(['experiment.py', *flags])
   experiment.main(None)
-  py_process._close_everything()  # What has ended is accounted for.
+  py_process._close_everything()  # Only children that ended are in rusage.
   frames = experiment._frames_per_update()
   parts = np.array_split(np.diff(times[1:]), _NUM_PARTS)
   children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -139,7 +139,7 @@ def matrix_rate():
 
 
 def spread(values):
-  """Returns the distance of the quartiles relative to the median."""
+  """Returns the distance of the quartiles divided by the median."""
   if len(values) < 2:
     return float('nan')
   low, median, high = statistics.quantiles(values, n=4)

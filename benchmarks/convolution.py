@@ -1,11 +1,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What do the sections of the deep network take, beside TensorFlow's own?
+"""How long do the deep network's sections take, beside TensorFlow's?
 
   python -m benchmarks.convolution
 
-A row is a section for frames of 72x96, a convolution, a pool and two residual
-blocks: its output and, "back", the gradients of its input, weights and biases,
-given that of the output. Contenders take turns; times are medians.
+A row of the table is a section of the network for frames of 72x96: a
+convolution, a pool and two residual blocks. It has the time for the output and,
+"back", for the gradients of input, weights and biases, given the output's.
+Contenders take turns; times are medians.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _CONTENDERS = {
 
 
 def _build(batch_size, section):
-  """Returns lists of operations of contenders: forward, and with gradients."""
+  """Returns two lists of operations per contender: forward; with gradients."""
   import convolution
   from experiment import tf
 
@@ -64,13 +65,13 @@ def _build(batch_size, section):
 
 
 def _times(batch_size, section, rounds):
-  """Returns seconds of contenders: forward and back."""
+  """Returns two times per contender, in seconds: forward; back."""
   from experiment import tf
 
   with tf.Graph().as_default(), tf.Session() as session:
     fetches = _build(batch_size, section)
     session.run(tf.global_variables_initializer())
-    # Results stay in TensorFlow.
+    # Operations, not tensors: results aren't copied to Python.
     calls = [session.make_callable(fetch) for fetch in fetches]
     seconds = [[] for _ in calls]
     for _ in range(rounds + 2):

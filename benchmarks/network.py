@@ -1,18 +1,17 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """How many actor tasks does one learner serve?
 
-The network's side of a training alone: a learner that takes batches of unrolls,
-throws them away and publishes parameters, and actor tasks whose environments
-cost nothing. Unrolls, parameters and all that travels are those of a real
-training with the flags of experiment.py that are given. Run it on an otherwise
-idle machine:
+Measures a training's communication alone. The learner takes batches of unrolls,
+drops them and publishes parameters; the actor tasks have no environments.
+Unrolls, parameters and messages have the sizes of a real training with the
+flags of experiment.py that are given. Run it on an otherwise idle machine:
 
   python benchmarks/network.py --actors=1,10,50,100 --torso=deep
 
 Actor tasks are threads of a few processes here, with a session and a connection
-each, as a process per task would need 0.4 GB each. They share the cores with
-the learner, so that what is compared is not unrolls/s but the learner's
-processor time per unroll, and its memory.
+each: as processes they would need 0.4 GB each. They share the cores with the
+learner. So compare the learner's processor time per unroll and its memory, and
+not unrolls/s.
 """
 
 import os
@@ -107,7 +106,7 @@ def _be_actors():
 
 
 class _Learner:
-  """A learner that does all but learn."""
+  """A learner that takes batches and publishes, but doesn't learn."""
 
   def __init__(self):
     unroll = _unroll()
@@ -153,7 +152,7 @@ def _memory():
 
 
 def _sent_and_received():
-  """Returns the bytes that passed the loopback device."""
+  """Returns the bytes that were received by the loopback device."""
   with open('/proc/net/dev') as file:
     line = next(line for line in file if line.strip().startswith('lo:'))
   return int(line.split(':')[1].split()[0])

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""How many calls of environment processes does a second hold?
+"""How many calls of environment processes are made per second?
 
   python -m benchmarks.py_process
 
@@ -13,9 +13,9 @@ between three ways to call them:
   pipe:    pickled messages through a `multiprocessing.Pipe` per process, from
            `tf.numpy_function`: the classic design.
 
-The table has medians over the rounds, the quartiles' distance in percent of
-them, and the time on a CPU of one call, in the program and in the process: it
-tells more than the rates when other programs run.
+The table has medians over the rounds, the distance of the quartiles in percent
+of the median, and the processor time of one call, in the program and in the
+process. While other programs run, compare the processor times.
 """
 
 import argparse
@@ -107,7 +107,7 @@ class _Setup:
         ]
       fetch = tf.group([_loop(step, num_calls) for step in steps])
       config = experiment._session_config(num_processes)
-      # Else all have the threads of the process's first session.
+      # Otherwise all sessions share the threads of the first one.
       config.use_per_session_threads = True
       py_process.start_all(self._processes)
       session = tf.Session(graph=graph, config=config)
@@ -120,7 +120,7 @@ class _Setup:
     self.round()  # Warms up.
 
   def round(self):
-    """Returns calls per second, and CPU us of the program and a process."""
+    """Returns calls/s, and a call's processor us in program and process."""
     start = time.perf_counter(), time.process_time(), self._process_seconds()
     self._run()
     end = time.perf_counter(), time.process_time(), self._process_seconds()
@@ -158,12 +158,12 @@ def _loop(step, num_calls):
 
 
 def _in_python():
-  """Has processes run, while entered, as without the compiled operation."""
+  """Runs processes, while entered, as without the compiled operation."""
   return mock.patch.object(py_process, '_library', return_value=None)
 
 
 def _measure(pipes, num_processes, num_calls, num_rounds):
-  """Returns for each way the rounds' measurements."""
+  """Returns the measurements of all rounds for each way."""
   op = _Setup(num_processes, num_calls)
   with _in_python():
     python = _Setup(num_processes, num_calls)

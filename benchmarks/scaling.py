@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """How do speed and memory grow with actors, batch size and unroll length?
 
-Runs short trainings of the deep network on frames that cost nothing. Run it on
-an otherwise idle machine:
+Runs short trainings of the deep network in an environment that takes nearly no
+time. Run it on an otherwise idle machine:
 
   python -m benchmarks.scaling --plot=scaling.png
 """

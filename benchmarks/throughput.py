@@ -1,19 +1,20 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""How many environment frames a second does a whole training take?
+"""How many environment frames per second does a whole training learn from?
 
-Runs real trainings of the deep network, one after the other, on frames that
-cost nothing and on real environments. Run it on an otherwise idle machine:
+Runs real trainings of the deep network, one after the other, in an environment
+that takes nearly no time and in real ones. Run it on an otherwise idle machine:
 
   python -m benchmarks.throughput --plot=throughput.png
 
-The bound is what the machine's rate of large float32 matrix products, measured
-before and after each training, would allow if it did nothing but the network's
-products: per agent step one forward pass to act, and a forward and a backward
-pass (counted as two) to learn. The share of it is the model FLOP utilisation.
-"without them" is the rate if the environments took no processor time.
+The bound is the rate of a machine that computes only the network's products: in
+each agent step one forward pass to act, and a forward and a backward pass
+(which counts as two) to learn. It is computed from the rate of large float32
+matrix products, which is measured before and after each training. The share of
+the bound is known as model FLOP utilisation. "without them" is the rate if the
+environments took no processor time.
 
-Rates are medians over parts of the measured time, with the distance of their
-quartiles in percent.
+Rates are medians over parts of the measured time; "spread" is the distance of
+the quartiles in percent of the median.
 """
 
 import argparse
@@ -37,7 +38,7 @@ _SHAPES = {'Pong': (84, 84, 4, 6), 'ViZDoom': (72, 96, 3, 4)}
 
 
 def _products(frames, weights):
-  """Returns how many a layer needs, one per weight and place of its output."""
+  """Returns the products of a layer: one per weight and place of its output."""
   places = frames.shape[:-1].num_elements() or 0
   return places * weights.shape.num_elements()
 
@@ -58,7 +59,8 @@ def step_flops(height, width, channels, num_actions):
       (tf.zeros([1, height, width, channels], tf.uint8), tf.fill([1], '')),
     )
     agent((tf.zeros([1], tf.int32), env_output), agent.initial_state(1))
-    # The rows of the instruction's encoder are unknown: there is none.
+    # Products of the instruction's encoder have an unknown number of rows and
+    # count as 0: these environments give no instruction.
     products = 0
     for op in graph.get_operations():
       if op.type in ('Conv2D', 'MatMul'):
@@ -93,7 +95,7 @@ def main():
   parser.add_argument('--plot', help='path of a picture of the result')
   args = parser.parse_args()
   rows, rates = [], {}
-  # Before and after each training, as it changes on a shared machine.
+  # Measured before and after each training, as it changes on shared machines.
   matrix_rates = [common.matrix_rate()]
   for name in args.only:
     level, num_actors, batch_size, unroll_length, *flags = _SETTINGS[name]

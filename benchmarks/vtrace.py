@@ -6,19 +6,19 @@ from the repository's root, on an otherwise idle machine:
 
   python -m benchmarks.vtrace
 
-(As a path, `python benchmarks/vtrace.py`, this file would stand in the way of
-the module of the same name.)
+(As `python benchmarks/vtrace.py`, this file would be imported in place of the
+module `vtrace`.)
 
-Two tables for each shape. "alone": the wall time of a `session.run` that
-fetches the two results of one V-trace. For the small shapes most of it is the
-fixed cost of a `session.run`; "nothing" shows it by fetching as many numbers
-without computing them. "in a graph": a `session.run` does ten, each of which
-takes the targets of the one before as its values, and the time is divided by
-ten. That is what V-trace adds to the learner's graph. The contenders take turns
-in short blocks, so that a disturbance hits all of them.
+There are two tables for each shape. "alone" is the time that passes in a
+`session.run` that fetches the two results of one V-trace. For small shapes,
+most of it is the fixed time of any `session.run`; "nothing" shows that time by
+fetching as many numbers without computing them. "in a graph" is a tenth of the
+time of a `session.run` that computes ten, each of which takes the targets of
+the one before as its values: the time that V-trace adds to the learner's graph.
+The contenders take turns in short blocks, so that a disturbance affects all.
 
-(Results are fetched on purpose. Run as mere targets of `session.run`, most of
-the computation falls victim to TensorFlow's graph optimiser.)
+Results are fetched on purpose. If they were not, TensorFlow's graph optimiser
+would remove most of the computation.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def from_importance_weights_with_scan(
 
 
 def _variables(length, batch_size):
-  """Returns resident inputs: neither feeding nor constant folding is timed."""
+  """Returns inputs as variables: no feeding or constant folding is timed."""
   rng = np.random.RandomState(length)
   shape = (length, batch_size)
   arrays = {
@@ -106,8 +106,8 @@ def _chain(function, inputs):
   all_pg_advantages = []
   for _ in range(_CHAIN_LENGTH):
     returns = function(**inputs)
-    # Other ratios each time, lest the graph optimiser shares what follows of
-    # them between the links.
+    # Other ratios each time. With the same ones, the graph optimiser would
+    # compute some operations once for all ten.
     inputs = dict(inputs, values=returns.vs, log_rhos=0.9 * inputs['log_rhos'])
     all_pg_advantages.append(returns.pg_advantages)
   return vtrace.VTraceReturns(returns.vs, tf.add_n(all_pg_advantages))
