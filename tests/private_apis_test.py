@@ -1,0 +1,42 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of interfaces that are not public: they fail if an upgrade lacks one."""
+
+import numpy as np
+import sonnet as snt
+import tensorflow.compat.v1 as tf
+
+import private_apis
+
+snt.Module()  # See agent.py.
+
+
+def test_sonnets_convolution_makes_its_variables():
+  with tf.Graph().as_default():
+    convolution = snt.Conv2D(16, 3)
+    private_apis.make_convolution_variables(convolution, 4)
+    assert convolution.w.shape == (3, 3, 4, 16)
+    assert convolution.b.shape == (16,)
+
+
+def test_control_inputs_of_an_operation_are_replaced():
+  with tf.Graph().as_default():
+    before, after = tf.no_op(), tf.no_op()
+    with tf.control_dependencies([before]):
+      op = tf.no_op()
+    private_apis.replace_control_inputs(op, [after])
+    assert op.control_inputs == [after]
+
+
+def test_runs_of_a_session_go_through_a_function():
+  runs = []
+
+  def wrap(run, *args):
+    runs.append(args)
+    return run(*args)
+
+  with tf.Graph().as_default(), tf.Session() as session:
+    x = tf.placeholder(tf.float32, [])
+    private_apis.wrap_session_run(session, wrap)
+    assert session.run(2 * x, {x: 3}) == 6
+    assert np.isclose(session.make_callable(tf.constant(2.0))(), 2)
+  assert len(runs) == 2
