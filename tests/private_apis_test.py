@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Tests of interfaces that are not public: they fail if an upgrade lacks one."""
+"""Tests of interfaces that are not public: an upgrade may lack one."""
 
 import numpy as np
 import sonnet as snt
