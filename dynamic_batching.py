@@ -22,15 +22,11 @@ import collections
 import contextlib
 import functools
 import logging
-import os
 
 import tensorflow.compat.v1 as tf
 
+import native
 import private_apis
-
-_LIBRARY = os.path.join(
-  os.path.dirname(os.path.abspath(__file__)), 'dynamic_batching_ops.so'
-)
 
 BatchingStatistics = collections.namedtuple(
   'BatchingStatistics', 'batches requests wait_seconds'
@@ -44,30 +40,27 @@ _Built = collections.namedtuple('_Built', 'batcher specs output_specs')
 _logger = logging.getLogger(__name__)
 
 
-def _load_library():
-  """Returns the module of the ops, None if they were not built."""
-  if not os.path.exists(_LIBRARY):
-    return None
-  try:
-    return tf.load_op_library(_LIBRARY)
-  except tf.errors.OpError as e:
-    raise ImportError(
-      f'{_LIBRARY} does not load, probably because it was built for another '
-      f'TensorFlow than {tf.__version__} (the loader says: {e.message}); '
-      'rebuild it: `make clean ops`.'
-    ) from e
+@functools.cache
+def _library():
+  """Returns the `native.Library` of the ops; None if they aren't built.
 
-
-_ops = _load_library()
-
-if _ops is not None:
-  for _op_type in ('Compute', 'GetInputs', 'SetOutputs', 'Fail'):
-    tf.no_gradient('DynamicBatcher' + _op_type)
+  Raises:
+    ImportError: they are there, but don't load.
+  """
+  library = native.load_library(
+    'dynamic_batching_ops',
+    'dynamic batching is off, every call is computed on its own, which gives '
+    'the same results more slowly',
+  )
+  if library is not None:
+    for op_type in ('Compute', 'GetInputs', 'SetOutputs', 'Fail'):
+      tf.no_gradient('DynamicBatcher' + op_type)
+  return library
 
 
 def available():
   """Returns whether the batching ops are built, else nothing is batched."""
-  return _ops is not None
+  return _library() is not None
 
 
 def batch_fn(f):
@@ -127,7 +120,6 @@ def batch_fn_with_options(
 
   def decorator(f):
     if not available():
-      _warn_unbatched()
       return _unbatched(f)
     make_batcher = functools.partial(
       _Batcher, minimum_batch_size, maximum_batch_size, timeout_ms
@@ -154,15 +146,6 @@ def _check_options(minimum_batch_size, maximum_batch_size, timeout_ms):
     raise ValueError(
       f'Expected timeout_ms to be None or at least 0, but saw {timeout_ms}.'
     )
-
-
-@functools.cache  # Once is enough, however many functions are decorated.
-def _warn_unbatched():
-  _logger.warning(
-    'Dynamic batching is off: %s does not exist, so every call is computed on '
-    'its own, which gives the same results more slowly. `make ops` builds it.',
-    _LIBRARY,
-  )
 
 
 def _unbatched(f):
@@ -452,13 +435,15 @@ class _Batcher:
       RuntimeError: If the ops are not built.
     """
     _check_options(minimum_batch_size, maximum_batch_size, timeout_ms)
-    if not available():
-      raise RuntimeError(f'{_LIBRARY} does not exist: `make ops` builds it.')
+    library = _library()
+    if library is None:
+      raise RuntimeError('The batching ops are not built: run "make ops".')
+    self._ops = library.ops
     self._batch_size = None
     if timeout_ms is None and minimum_batch_size == maximum_batch_size:
       self._batch_size = maximum_batch_size
     with tf.name_scope('dynamic_batcher') as scope, tf.device('/device:CPU:0'):
-      self._handle = _ops.dynamic_batcher(
+      self._handle = self._ops.dynamic_batcher(
         minimum_batch_size=minimum_batch_size,
         maximum_batch_size=maximum_batch_size,
         timeout_ms=-1 if timeout_ms is None else timeout_ms,
@@ -494,7 +479,7 @@ class _Batcher:
     """
     shapes = [_with_batch_size(1, shape) for shape in output_shapes or ()]
     with _only_on(self.device):
-      return _ops.dynamic_batcher_compute(
+      return self._ops.dynamic_batcher_compute(
         self._handle, flat_args, Toutputs=output_dtypes, output_shapes=shapes
       )
 
@@ -520,7 +505,7 @@ class _Batcher:
       for shape in input_shapes or ()
     ]
     with _only_on(self.device):
-      inputs, computation_id = _ops.dynamic_batcher_get_inputs(
+      inputs, computation_id = self._ops.dynamic_batcher_get_inputs(
         self._handle,
         Tinputs=input_dtypes,
         input_shapes=shapes,
@@ -543,7 +528,7 @@ class _Batcher:
       An op.
     """
     with _only_on(self.device):
-      return _ops.dynamic_batcher_set_outputs(
+      return self._ops.dynamic_batcher_set_outputs(
         self._handle, flat_outputs, computation_id
       )
 
@@ -563,7 +548,9 @@ class _Batcher:
       set successfully.
     """
     with _only_on(self.device):
-      return _ops.dynamic_batcher_fail(self._handle, code, message, owner=owner)
+      return self._ops.dynamic_batcher_fail(
+        self._handle, code, message, owner=owner
+      )
 
   def close(self, cancel_pending_enqueues=False, name=None):
     """Ends all waits in the batcher, present and future, with Cancelled.
@@ -578,9 +565,11 @@ class _Batcher:
     """
     del cancel_pending_enqueues
     with _only_on(self.device):
-      return _ops.dynamic_batcher_close(self._handle, name=name)
+      return self._ops.dynamic_batcher_close(self._handle, name=name)
 
   def statistics(self):
     """Returns a `BatchingStatistics` of this batcher's totals."""
     with _only_on(self.device):
-      return BatchingStatistics(*_ops.dynamic_batcher_statistics(self._handle))
+      return BatchingStatistics(
+        *self._ops.dynamic_batcher_statistics(self._handle)
+      )

@@ -54,7 +54,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import logging
 import math
 import mmap
 import os
@@ -78,20 +77,12 @@ import cloudpickle
 import numpy as np
 import tree
 
-try:
-  import py_process_callee as _callee
-except ModuleNotFoundError:  # It isn't built, of which `_library` warns.
-  _callee = None
-except ImportError as error:
-  raise ImportError(
-    'py_process_callee.so does not load, most likely because it was built for '
-    f'another Python or NumPy ({error}). Run "make clean ops" to rebuild it.'
-  ) from error
+import native
+
+# None if it isn't built, of which `_library` warns.
+_callee = native.load_module('py_process_callee')
 
 _COLLECTION = 'py_process_processes'
-_LIBRARY = os.path.join(
-  os.path.dirname(os.path.abspath(__file__)), 'py_process_ops.so'
-)
 _WORD = struct.Struct('<q')
 _BELL = struct.Struct('<2q')  # What the socket carries for each message.
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
@@ -763,7 +754,7 @@ class _ForkServer:
     self._control, theirs = socket.socketpair(
       socket.AF_UNIX, socket.SOCK_SEQPACKET
     )
-    path = [os.path.dirname(_LIBRARY), *sys.path]
+    path = [native.FOLDER, *sys.path]
     code = (
       f'import sys; sys.path[:] = {path!r}; '
       'import py_process; '
@@ -1202,21 +1193,22 @@ def _build_call_in_python(number, method, arguments, dtypes, shapes):
 class _Library:
   """The compiled caller's end."""
 
-  def __init__(self):
-    import tensorflow.compat.v1 as tf
-
-    self._ops = tf.load_op_library(_LIBRARY)
-    library = ctypes.CDLL(_LIBRARY)
-    self._open = library.ImpalaOpenChannel
-    self._open.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    self._close = library.ImpalaCloseChannel
-    self._close.argtypes = [ctypes.c_int64]
-    self.call_under_way = library.ImpalaCallUnderWay
-    self.call_under_way.argtypes = [ctypes.c_int64]
-    self.call_under_way.restype = ctypes.c_int64
-    self.time_out = library.ImpalaTimeOut
-    self.time_out.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double]
-    self.time_out.restype = ctypes.c_bool
+  def __init__(self, library):
+    self._ops = library.ops
+    self._open = library.function(
+      'ImpalaOpenChannel', None, ctypes.c_int64, ctypes.c_int, ctypes.c_int
+    )
+    self._close = library.function('ImpalaCloseChannel', None, ctypes.c_int64)
+    self.call_under_way = library.function(
+      'ImpalaCallUnderWay', ctypes.c_int64, ctypes.c_int64
+    )
+    self.time_out = library.function(
+      'ImpalaTimeOut',
+      ctypes.c_bool,
+      ctypes.c_int64,
+      ctypes.c_int64,
+      ctypes.c_double,
+    )
 
   def call(self, number, method, arguments, dtypes, shapes):
     return self._ops.py_process_call(
@@ -1235,27 +1227,20 @@ def _library():
   """Loads the compiled operation; None, after one warning, if it isn't built.
 
   Raises:
-    ImportError: it exists, but doesn't fit this TensorFlow.
+    ImportError: it is there, but doesn't load.
   """
-  import tensorflow.compat.v1 as tf
-
-  is_built = os.path.exists(_LIBRARY)
-  if not is_built or _callee is None:
-    logging.getLogger(__name__).warning(
-      '%s is not built: environments run, but each call takes longer%s. Run '
-      '"make ops" to build it.',
-      'py_process_callee.so' if is_built else 'py_process_ops.so',
-      '' if is_built else ' and holds a TensorFlow thread',
-    )
-  if not is_built:
+  library = native.load_library(
+    'py_process_ops',
+    'environments run, but each call takes longer and holds a TensorFlow '
+    'thread',
+  )
+  if library is None:
     return None
-  try:
-    return _Library()
-  except (tf.errors.OpError, OSError, AttributeError) as error:
-    raise ImportError(
-      f'{_LIBRARY} does not load, most likely because it was built for '
-      f'another TensorFlow ({error}). Run "make clean ops" to rebuild it.'
-    ) from error
+  if _callee is None:
+    native.warn_not_built(
+      'py_process_callee', 'environments run, but each call takes longer'
+    )
+  return _Library(library)
 
 
 def has_library():

@@ -15,8 +15,8 @@ import pytest
 import tensorflow.compat.v1 as tf
 
 import dynamic_batching
+import native
 
-_MODULE = dynamic_batching.__file__
 _PATIENCE = 60  # Seconds after which a wait counts as a hang.
 
 pytestmark = pytest.mark.skipif(
@@ -378,7 +378,7 @@ def test_bad_options(options):
   with pytest.raises(ValueError, match='Expected'):
     dynamic_batching._Batcher(*options)
   minimum, maximum, timeout_ms = options
-  handle = dynamic_batching._ops.dynamic_batcher(
+  handle = dynamic_batching._library().ops.dynamic_batcher(
     minimum_batch_size=minimum,
     maximum_batch_size=maximum,
     timeout_ms=timeout_ms - 1,
@@ -892,7 +892,8 @@ def test_cancellation_beside_traffic(pool):
 
 
 def _import_copy(tmp_path, code=''):
-  shutil.copy(_MODULE, tmp_path)
+  for module in (native, dynamic_batching):
+    shutil.copy(module.__file__, tmp_path)
   code = 'import dynamic_batching as db, tensorflow.compat.v1 as tf\n' + code
   return subprocess.run(
     [sys.executable, '-c', code],
@@ -920,12 +921,12 @@ with tf.Graph().as_default(), tf.Session() as session:
   )
   assert result.returncode == 0, result.stderr
   assert result.stderr.count('make ops') == 1
-  assert result.stderr.count('Dynamic batching is off') == 1
+  assert result.stderr.count('dynamic batching is off') == 1
 
 
 def test_library_that_does_not_load_is_an_error(tmp_path):
   (tmp_path / 'dynamic_batching_ops.so').write_bytes(b'\x7fELF and no more')
-  result = _import_copy(tmp_path)
+  result = _import_copy(tmp_path, 'db.batch_fn(lambda x: x)')
   assert result.returncode != 0
   message = result.stderr.strip().splitlines()[-1]
   assert message.startswith('ImportError')

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
+import native
 import py_process
 
 # The processes shall not import this module, and TensorFlow with it.
@@ -1873,6 +1874,12 @@ _SMALL = """
 """
 
 
+def _copy_modules(folder):
+  """Copies what `py_process` is made of, but for the compiled libraries."""
+  for module in (native, py_process):
+    shutil.copy(module.__file__, folder)
+
+
 @pytest.mark.parametrize(
   ('libraries', 'missing'),
   [
@@ -1883,7 +1890,7 @@ _SMALL = """
   ],
 )
 def test_works_with_and_without_the_libraries(tmp_path, libraries, missing):
-  shutil.copy(_MODULE, tmp_path)
+  _copy_modules(tmp_path)
   for library in libraries:
     path = os.path.join(os.path.dirname(_MODULE), library)
     if not os.path.exists(path):
@@ -1899,7 +1906,7 @@ def test_works_with_and_without_the_libraries(tmp_path, libraries, missing):
 
 
 def test_broken_operation_is_an_import_error(tmp_path):
-  shutil.copy(_MODULE, tmp_path)
+  _copy_modules(tmp_path)
   (tmp_path / 'py_process_ops.so').write_bytes(b'no library')
   path = tmp_path / 'program.py'
   path.write_text(
@@ -1922,7 +1929,7 @@ def test_broken_operation_is_an_import_error(tmp_path):
 
 
 def test_broken_callee_is_an_import_error(tmp_path):
-  shutil.copy(_MODULE, tmp_path)
+  _copy_modules(tmp_path)
   (tmp_path / 'py_process_callee.so').write_bytes(b'no library')
   path = tmp_path / 'program.py'
   path.write_text('import py_process')
