@@ -146,9 +146,10 @@ class Agent(snt.Module):
   def _torso(self, last_action, env_output):
     """Returns the core's input, float32 [N, features]."""
     frame, instruction = env_output.observation
+    normalization = None
     if self._frame_statistics is not None:
-      frame = self._frame_statistics(frame)
-    features = self._frame_encoder(frame)
+      normalization = self._frame_statistics(frame.shape[1:])
+    features = self._frame_encoder(frame, normalization)
     if self._core is None:
       return features
     return tf.concat(
@@ -213,14 +214,13 @@ class FrameStatistics(snt.Module):
     self._scale = variable('scale', 1 / 255, shape)
     self._shift = variable('shift', 0.0, shape)
 
-  def __call__(self, frames):
-    """Maps uint8 [N, height, width, channels] to float32, normalised.
+  def __call__(self, shape):
+    """Returns the `convolution.Normalization` of frames of a shape.
 
-    Before the first update, frames are only divided by 255.
+    Before the first update, it divides them by 255.
     """
-    self._make_variables(frames.shape[1:])
-    normalized = tf.cast(frames, tf.float32) * self._scale + self._shift
-    return tf.clip_by_value(normalized, -self._LIMIT, self._LIMIT)
+    self._make_variables(shape)
+    return convolution.Normalization(self._scale, self._shift, self._LIMIT)
 
   def update(self, frames):
     """Returns the operation that takes frames, uint8 [T, B, ...], into account.
@@ -276,18 +276,18 @@ class _DeepEncoder(snt.Module):
     ]
     self._linear = snt.Linear(256, w_init=_RELU_INIT)
 
-  def __call__(self, frame):
-    """Maps frames [N, height, width, channels] to float32 [N, 256].
-
-    Bytes count as 255ths.
-    """
+  def __call__(self, frame, normalization):
+    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
     for layers in self._sections:
       channels = [frame.shape[-1], *[layers[0].output_channels] * 4]
       weights, biases = zip(
         *(layer(n) for layer, n in zip(layers, channels, strict=True)),
         strict=True,
       )
-      frame = convolution.section(frame, weights, biases, self._precision)
+      frame = convolution.section(
+        frame, weights, biases, self._precision, normalization
+      )
+      normalization = None  # Is of the frame alone.
     return tf.nn.relu(self._linear(snt.flatten(tf.nn.relu(frame))))
 
 
@@ -308,14 +308,9 @@ class _ShallowEncoder(snt.Module):
       ]
     )
 
-  def __call__(self, frame):
-    """Maps frames [N, height, width, channels] to float32 [N, 256].
-
-    Bytes count as 255ths.
-    """
-    if frame.dtype == tf.uint8:
-      frame = tf.cast(frame, tf.float32) / 255
-    return self._network(frame)
+  def __call__(self, frame, normalization):
+    """Maps uint8 [N, height, width, channels] to float32 [N, 256]."""
+    return self._network(convolution.normalize(frame, normalization))
 
 
 class _InstructionEncoder(snt.Module):

@@ -8,6 +8,7 @@ ops`). Elsewhere, and on GPUs, it consists of TensorFlow's operations. The
 results of both differ in rounding. For graphs, not for eager execution.
 """
 
+import collections
 import ctypes
 import functools
 import re
@@ -75,7 +76,33 @@ def kernels(precision='float32'):
   return f'AVX-512{bfloat16} convolutions'
 
 
-def section(frames, weights, biases, precision='float32', by_tensorflow=False):
+# How the bytes of frames are normalised: scale * byte + shift, float32 [height,
+# width, channels], between -limit and limit, a float.
+Normalization = collections.namedtuple('Normalization', 'scale shift limit')
+
+
+def normalize(frames, normalization):
+  """Returns frames, uint8 [N, height, width, channels], as float32.
+
+  Args:
+    frames: as above.
+    normalization: `Normalization`; None to divide them by 255.
+  """
+  frames = tf.cast(frames, tf.float32)
+  if normalization is None:
+    return frames / 255
+  scale, shift, limit = normalization
+  return tf.clip_by_value(frames * scale + shift, -limit, limit)
+
+
+def section(
+  frames,
+  weights,
+  biases,
+  precision='float32',
+  normalization=None,
+  by_tensorflow=False,
+):
   """Convolves frames, pools, and adds residual blocks (the paper's figure 3).
 
   Convolutions are of 3x3 pixels, with zeros around the frames, so that their
@@ -84,7 +111,7 @@ def section(frames, weights, biases, precision='float32', by_tensorflow=False):
   to its output.
 
   Args:
-    frames: float32 [N, height, width, in], or uint8, which are divided by 255.
+    frames: float32 [N, height, width, in], or uint8, which are normalised.
     weights: list of float32 [3, 3, in, out] and, for each block, two of
       [3, 3, out, out].
     biases: list of as many float32 [out].
@@ -92,15 +119,24 @@ def section(frames, weights, biases, precision='float32', by_tensorflow=False):
       they multiply, except for the gradients of weights of less than 16
       channels. TensorFlow's operations do so only if the session's options make
       it rewrite the graph.
+    normalization: `Normalization` of frames of uint8, through which no gradient
+      goes; None to divide them by 255.
     by_tensorflow: whether to use TensorFlow's operations in any case.
 
   Returns:
     float32 [N, ceil(height / 2), ceil(width / 2), out].
   """
   if by_tensorflow or not _is_supported(frames, weights, precision):
+    if frames.dtype == tf.uint8:
+      frames = normalize(frames, normalization)
     return _section_by_tensorflow(frames, weights, biases)
   outputs = _library().ops.torso_section(
-    frames, weights, biases, precision=tf.as_dtype(precision)
+    frames,
+    weights,
+    biases,
+    [] if normalization is None else normalization[:2],
+    precision=tf.as_dtype(precision),
+    limit=0.0 if normalization is None else normalization.limit,
   )
   return outputs.activations[-1]
 
@@ -118,8 +154,6 @@ def _is_supported(frames, weights, precision):
 
 
 def _section_by_tensorflow(frames, weights, biases):
-  if frames.dtype == tf.uint8:
-    frames = tf.cast(frames, tf.float32) / 255
   first, *others = (
     functools.partial(_convolve, weights=weight, biases=bias)
     for weight, bias in zip(weights, biases, strict=True)
@@ -139,10 +173,12 @@ def _convolve(frames, weights, biases):
 def _section_gradient(op, *gradients):
   count = op.get_attr('num_convolutions')
   frames, weights = op.inputs[0], op.inputs[1 : 1 + count]
+  normalization = op.inputs[1 + 2 * count :]
   *activations, places = op.outputs
   gradient = gradients[count - 1]  # The others are only for what follows here.
   results = _library().ops.torso_section_gradient(
-    *(gradient, frames, weights, activations, places),
+    *(gradient, frames, weights, activations, places, normalization),
+    limit=op.get_attr('limit'),
     num_frames_gradients=1 if frames.dtype == tf.float32 else 0,
     precision=op.get_attr('precision'),
   )
@@ -150,4 +186,5 @@ def _section_gradient(op, *gradients):
     *(results.frames_gradient or [None]),
     *results.filter_gradients,
     *results.bias_gradients,
+    *[None for _ in normalization],
   )

@@ -681,27 +681,58 @@ int64_t PaddedSize(const Pictures& picture) {
   return (picture.height + 2) * PaddedWidth(picture.width) * kIn;
 }
 
-// Fills in a picture. Bytes become 255ths; with bfloat16, numbers of the result
-// have half of the size of floats.
+// What becomes of bytes: 255ths; or scale * byte + shift, between -limit and
+// limit, with a scale and a shift for each number of a picture.
+struct Normalization {
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+  float limit = 0;
+
+  Vector operator()(Vector bytes, int64_t place) const {
+    if (scale == nullptr) return bytes * (1.f / 255);
+    const Vector value = bytes * Load(scale + place) + Load(shift + place);
+    const Vector most = Vector{} + limit, least = Vector{} - limit;
+    const Vector bounded = value > most ? most : value;
+    return bounded < least ? least : bounded;
+  }
+};
+
+// Fills in a picture; with bfloat16, numbers of the result have half of the
+// size of floats.
 template <int kIn, bool kBfloat16>
-void Pad(const Pictures& picture, const uint8_t* input, float* padded) {
+void Pad(const Pictures& picture, const Normalization& normalization,
+         const uint8_t* input, float* padded) {
   using Number = Number<kBfloat16>;
-  const auto convert = [](const void* bytes, Number* to) {
+  const auto convert = [](const Normalization& normalization, const void* bytes,
+                          int64_t place, Number* to) {
     const Integers integers = __builtin_convertvector(
         *reinterpret_cast<const UnalignedBytes*>(bytes), Integers);
-    Store(to, __builtin_convertvector(integers, Vector) * (1.f / 255));
+    Store(to, normalization(__builtin_convertvector(integers, Vector), place));
   };
   const int64_t line = PaddedWidth(picture.width) * kIn;
   const int64_t size = picture.width * kIn;
-  for (int64_t y = 0; y < picture.height; ++y, input += size) {
+  for (int64_t y = 0; y < picture.height; ++y) {
+    const int64_t first = y * size;
     Number* to = reinterpret_cast<Number*>(padded) + (y + 1) * line + kIn;
     int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) convert(input + i, to + i);
-    uint8_t rest[kLanes] = {};
+    for (; i + kLanes <= size; i += kLanes) {
+      convert(normalization, input + first + i, first + i, to + i);
+    }
+    // What is left is less than a vector, also of scales and shifts.
+    const int64_t count = size - i;
+    uint8_t bytes[kLanes] = {};
+    float scale[kLanes] = {}, shift[kLanes] = {};
     Number numbers[kLanes];
-    memcpy(rest, input + i, size - i);
-    convert(rest, numbers);
-    memcpy(to + i, numbers, (size - i) * sizeof(Number));
+    Normalization rest = normalization;
+    memcpy(bytes, input + first + i, count);
+    if (normalization.scale != nullptr) {
+      memcpy(scale, normalization.scale + first + i, count * sizeof(float));
+      memcpy(shift, normalization.shift + first + i, count * sizeof(float));
+      rest.scale = scale;
+      rest.shift = shift;
+    }
+    convert(rest, bytes, 0, numbers);
+    memcpy(to + i, numbers, count * sizeof(Number));
   }
 }
 
@@ -913,6 +944,7 @@ struct Section {
   int num_convolutions;
   const void* frames;    // [images, height, width, kIn], see `TorsoSection`.
   const float* filters;  // Prepared, one behind the other.
+  Normalization normalization;
 
   Pictures picture() const { return {1, pictures.height, pictures.width}; }
   // So many after the pool.
@@ -987,7 +1019,8 @@ bool Compute(const Section& section, const std::vector<const float*>& biases,
             picture, section.frame<float>(begin + i, kIn), section.filters,
             {biases[0]}, convolved.get());
       } else {
-        Pad<kIn, kBfloat16>(picture, section.frame<uint8_t>(begin + i, kIn),
+        Pad<kIn, kBfloat16>(picture, section.normalization,
+                            section.frame<uint8_t>(begin + i, kIn),
                             padded.get());
       }
       [[maybe_unused]] int64_t next = 0;
@@ -1067,7 +1100,8 @@ bool Differentiate(const Section& section,
             section.filters, {}, frames_gradient + i * picture.pixels() * kIn,
             sums);
       } else {
-        Pad<kIn, false>(picture, section.frame<uint8_t>(i, kIn), padded.get());
+        Pad<kIn, false>(picture, section.normalization,
+                        section.frame<uint8_t>(i, kIn), padded.get());
         for (int64_t y = 0; y < picture.height; ++y) {
           pool_gradient(y, convolved.get());
           PaddedGradients<kIn, kOut>(picture, convolved.get(), padded.get(), y,
@@ -1240,6 +1274,7 @@ class Kernel : public OpKernel {
   explicit Kernel(OpKernelConstruction* context) : OpKernel(context) {
     tensorflow::DataType precision;
     OP_REQUIRES_OK(context, context->GetAttr("precision", &precision));
+    OP_REQUIRES_OK(context, context->GetAttr("limit", &limit_));
     bfloat16_ = precision == tensorflow::DT_BFLOAT16;
     OP_REQUIRES(context, Supported(bfloat16_),
                 errors::Unimplemented("This processor has no AVX-512",
@@ -1252,6 +1287,25 @@ class Kernel : public OpKernel {
     Tensor prepared;             // All filters.
     Section section;
   };
+
+  // Takes scale and shift, if there are any.
+  absl::Status Normalize(OpKernelContext* context, const Tensor& frames,
+                         Normalization* normalization) const {
+    OpInputList inputs;
+    TF_RETURN_IF_ERROR(context->input_list("normalization", &inputs));
+    if (inputs.size() == 0) return absl::OkStatus();
+    if (inputs.size() != 2 || frames.dtype() != tensorflow::DT_UINT8) {
+      return errors::InvalidArgument(
+          "Bytes are normalized, by a scale and a shift.");
+    }
+    const TensorShape shape(
+        {frames.dim_size(1), frames.dim_size(2), frames.dim_size(3)});
+    for (const Tensor& input : inputs) {
+      TF_RETURN_IF_ERROR(CheckShape(input, shape));
+    }
+    *normalization = {Floats(inputs[0]), Floats(inputs[1]), limit_};
+    return absl::OkStatus();
+  }
 
   // Checks frames and filters, and prepares these in one of the two ways.
   absl::Status PrepareInputs(OpKernelContext* context, const Tensor& frames,
@@ -1267,7 +1321,10 @@ class Kernel : public OpKernel {
         {frames.dim_size(0), frames.dim_size(1), frames.dim_size(2)},
         filters.size(),
         frames.data(),
-        Floats(inputs->prepared)};
+        Floats(inputs->prepared),
+        {}};
+    TF_RETURN_IF_ERROR(
+        Normalize(context, frames, &inputs->section.normalization));
     float* place = Floats(&inputs->prepared);
     for (const Tensor& filter : filters) {
       (functions->*prepare)[bfloat16_](Floats(filter), place);
@@ -1278,6 +1335,7 @@ class Kernel : public OpKernel {
   }
 
   bool bfloat16_;
+  float limit_;
 };
 
 class TorsoSection : public Kernel {
@@ -1332,7 +1390,9 @@ class TorsoSectionGradient : public Kernel {
     OpInputList filters, activations;
     OP_REQUIRES_OK(context, context->input_list("filters", &filters));
     OP_REQUIRES_OK(context, context->input_list("activations", &activations));
-    const Tensor& places = context->input(context->num_inputs() - 1);
+    const Tensor* input;
+    OP_REQUIRES_OK(context, context->input("places", &input));
+    const Tensor& places = *input;
     Inputs inputs;
     OP_REQUIRES_OK(context, PrepareInputs(context, frames, filters,
                                           &Functions::prepare_turned, &inputs));
@@ -1464,11 +1524,14 @@ REGISTER_OP("TorsoSection")
     .Input("frames: T")
     .Input("filters: num_convolutions * float")
     .Input("biases: num_convolutions * float")
+    .Input("normalization: num_normalizations * float")
     .Output("activations: num_convolutions * float")
     .Output("places: uint8")
     .Attr("num_convolutions: int >= 1")
+    .Attr("num_normalizations: int >= 0")
     .Attr("T: {uint8, float}")
     .Attr("precision: {float, bfloat16}")
+    .Attr("limit: float")
     .SetShapeFn(SectionShape)
     .Doc(R"doc(
 Convolves frames, [N, height, width, in], takes the maximum of 3x3 pixels with
@@ -1480,6 +1543,8 @@ frames: of 16 or 32 channels, or of 1, 3 or 4, which are bytes and count as 255t
 filters: [3, 3, in, out], and two of [3, 3, out, out] for each block.
 precision: of the factors of products, but for the gradients of filters of less
   than 16 channels.
+normalization: none, or a scale and a shift of bytes, [height, width, in] each,
+  which are used instead of 255ths; results are limited to [-limit, limit].
 activations: what comes out of the pool and, for each block, of its first
   convolution and of the block. The last one is the section's output.
 places: which of the nine pixels is the maximum.
@@ -1491,13 +1556,16 @@ REGISTER_OP("TorsoSectionGradient")
     .Input("filters: num_convolutions * float")
     .Input("activations: num_convolutions * float")
     .Input("places: uint8")
+    .Input("normalization: num_normalizations * float")
     .Output("filter_gradients: num_convolutions * float")
     .Output("bias_gradients: num_convolutions * float")
     .Output("frames_gradient: num_frames_gradients * float")
     .Attr("num_convolutions: int >= 1")
     .Attr("num_frames_gradients: int >= 0")
+    .Attr("num_normalizations: int >= 0")
     .Attr("T: {uint8, float}")
     .Attr("precision: {float, bfloat16}")
+    .Attr("limit: float")
     .SetShapeFn(SectionGradientShape)
     .Doc(R"doc(
 The gradients of `TorsoSection`, given that of its output.

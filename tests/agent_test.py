@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
+import convolution
 import environments
 from agent import Agent, FrameStatistics, _InstructionEncoder
 from helpers import NUM_ACTIONS, ROOT, constants, env_outputs, run_graph
@@ -111,7 +112,9 @@ def test_frames_are_normalised_by_all_that_was_learned_from():
   probe = random.integers(0, 256, (7, 4, 5, 1), np.uint8)
   with tf.Graph().as_default(), tf.Session() as session:
     statistics = FrameStatistics()
-    normalized = statistics(tf.constant(probe))
+    normalized = convolution.normalize(
+      tf.constant(probe), statistics(probe.shape[1:])
+    )
     frames = tf.placeholder(tf.uint8, batches.shape[1:])
     update = statistics.update(frames)
     session.run(tf.global_variables_initializer())
@@ -134,7 +137,7 @@ def test_frames_of_long_ago_count_less(monkeypatch):
   values = [10, 250, 30, 90]
   with tf.Graph().as_default(), tf.Session() as session:
     statistics = FrameStatistics()
-    statistics(tf.zeros([1, 1, 1, 1], tf.uint8))
+    statistics([1, 1, 1])
     frames = tf.placeholder(tf.uint8, [1, 4, 1, 1, 1])
     update = statistics.update(frames)
     session.run(tf.global_variables_initializer())

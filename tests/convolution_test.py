@@ -251,6 +251,54 @@ def check_section(size, channels, num_blocks):
     assert_close(result, right)
 
 
+@pytest.mark.parametrize('by_tensorflow', [False, True])
+@pytest.mark.parametrize('in_channels', [1, 3, 4])
+@pytest.mark.parametrize('size', [(3, 7, 6), (2, 11, 11), (1, 18, 24)])
+def test_bytes_are_normalised_before_they_are_convolved(
+  size, in_channels, by_tensorflow
+):
+  """Some beyond the limit, each number of a picture in its own way."""
+  if not by_tensorflow and not convolution.available():
+    pytest.skip('needs `make ops` and AVX-512')
+  frames, weights, biases = random_arrays(1, *size, (in_channels, 16))
+  random = np.random.default_rng(3)
+  scale = random.uniform(0.01, 0.1, frames.shape[1:]).astype(np.float32)
+  shift = random.uniform(-8, 2, frames.shape[1:]).astype(np.float32)
+  gradient = gradient_for(2, frames, weights)
+
+  def build(frames, weights, biases, scale, shift, gradient):
+    output = convolution.section(
+      frames,
+      weights,
+      biases,
+      normalization=convolution.Normalization(scale, shift, 2.0),
+      by_tensorflow=by_tensorflow,
+    )
+    assert by_tensorflow or output.op.type == 'TorsoSection'
+    return output, tf.gradients(output, [*weights, *biases], gradient)
+
+  output, gradients = run(
+    build, (frames, weights, biases, scale, shift, gradient)
+  )
+  normalized = np.clip(frames.astype(np.float64) * scale + shift, -2, 2)
+  assert 0.1 < np.mean(np.abs(normalized) == 2) < 0.9
+  # TensorFlow computes the rest as it does for float32.
+  expected, expected_gradients = run(
+    lambda frames, weights, biases, gradient: (
+      output := convolution.section(
+        frames, weights, biases, by_tensorflow=True
+      ),
+      tf.gradients(output, [*weights, *biases], gradient),
+    ),
+    (normalized.astype(np.float32), weights, biases, gradient),
+  )
+  _, (*_, by_hand) = numpy_section(normalized, weights, biases)
+  assert_close(output, by_hand)
+  assert_close(expected, by_hand)
+  for result, right in zip(gradients, expected_gradients, strict=True):
+    assert_close(result, right)
+
+
 @needs_ops
 @pytest.mark.parametrize('channels', CHANNELS)
 @pytest.mark.parametrize('size', SIZES)
@@ -469,6 +517,7 @@ def op_inputs(**others):
     'frames': [2, 4, 4, 16],
     'filters': [[3, 3, 16, 32], *[[3, 3, 32, 32]] * 2],
     'biases': [[32]] * 3,
+    'normalization': [],
     **others,
   }
   return [
@@ -478,6 +527,28 @@ def op_inputs(**others):
     else tf.placeholder_with_default(tf.zeros(value), None)
     for name, value in shapes.items()
   ]
+
+
+@needs_ops
+@pytest.mark.parametrize(
+  ('scales', 'message'),
+  [
+    ([[4, 4, 3]], 'a scale and a shift'),
+    ([[4, 4, 3], [4, 4, 1]], r'Expected \[4,4,3\]'),
+  ],
+)
+def test_op_refuses_wrong_scales(scales, message):
+  with tf.Graph().as_default(), tf.Session() as session:
+    outputs = convolution._library().ops.torso_section(
+      tf.zeros([2, 4, 4, 3], tf.uint8),
+      [tf.zeros([3, 3, 3, 16])],
+      [tf.zeros([16])],
+      [tf.zeros(scale) for scale in scales],
+      precision=tf.float32,
+      limit=5.0,
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+      session.run(outputs.activations[-1])
 
 
 @needs_ops
@@ -501,6 +572,7 @@ def op_inputs(**others):
     ({'biases': [[32], [16], [32]]}, r'Expected \[32\]'),
     ({'frames': [2, 4, 4, 32]}, 'Expected frames of 16'),
     ({'frames': [4, 4, 16]}, 'Expected frames of 16'),
+    ({'normalization': [[4, 4, 16]] * 2}, 'Bytes are normalized'),
     (
       {
         'frames': [2, 4, 4, 3],
@@ -514,7 +586,7 @@ def op_inputs(**others):
 def test_op_refuses_wrong_shapes(shapes, message):
   with tf.Graph().as_default(), tf.Session() as session:
     outputs = convolution._library().ops.torso_section(
-      *op_inputs(**shapes), precision=tf.float32
+      *op_inputs(**shapes), precision=tf.float32, limit=0.0
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
       session.run(outputs.activations[-1])
@@ -543,13 +615,15 @@ def test_gradient_op_refuses_wrong_shapes(others, message):
     **others,
   }
   with tf.Graph().as_default(), tf.Session() as session:
-    frames, filters, _ = op_inputs()
+    frames, filters, *_ = op_inputs()
     results = convolution._library().ops.torso_section_gradient(
       tf.zeros(shapes['gradient']),
       frames,
       filters,
       [tf.zeros(shape) for shape in shapes['activations']],
       tf.zeros(shapes['places'], tf.uint8),
+      [],
+      limit=0.0,
       num_frames_gradients=shapes['num_frames_gradients'],
       precision=tf.float32,
     )

@@ -16,6 +16,7 @@ import tensorflow.compat.v1 as tf
 
 import dynamic_batching
 import native
+import private_apis
 
 _PATIENCE = 60  # Seconds after which a wait counts as a hang.
 
@@ -892,7 +893,7 @@ def test_cancellation_beside_traffic(pool):
 
 
 def _import_copy(tmp_path, code=''):
-  for module in (native, dynamic_batching):
+  for module in (native, private_apis, dynamic_batching):
     shutil.copy(module.__file__, tmp_path)
   code = 'import dynamic_batching as db, tensorflow.compat.v1 as tf\n' + code
   return subprocess.run(
