@@ -1984,11 +1984,21 @@ def test_limit_of_descriptors_is_raised(tmp_path):
   assert output.split() == ['started', 'started', '112', '60']
 
 
-def test_descriptors_that_run_out_leave_all_as_it_was(tmp_path):
+@pytest.mark.parametrize('is_served', [False, True])
+def test_descriptors_that_run_out_leave_all_as_it_was(tmp_path, is_served):
   """Whichever is the first that can't be opened, epoll's among them."""
   output = _run_limited(
     tmp_path,
+    f"""
+    is_served = {is_served}
     """
+    + """
+    class Failing(Environment):
+      def __init__(self):
+        raise ValueError
+
+    if is_served:  # What follows isn't the first to need the fork server.
+      assert 'ValueError' in start([py_process.PyProcess(Failing)])
     py_process.reserve_descriptors = lambda *_: None  # Can't know of others'.
     py_process._library()
     process = processes[0]
