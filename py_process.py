@@ -51,6 +51,8 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import fcntl
 import functools
 import inspect
 import itertools
@@ -59,6 +61,7 @@ import mmap
 import os
 import pickle
 import re
+import resource
 import select
 import shutil
 import signal
@@ -86,6 +89,9 @@ _COLLECTION = 'py_process_processes'
 _WORD = struct.Struct('<q')
 _BELL = struct.Struct('<2q')  # What the socket carries for each message.
 _CLOSE_SECONDS = 5.0  # What close() leaves a process before it is killed.
+# What this program opens for each process, and for all else it will do.
+_DESCRIPTORS = 6
+_SPARE_DESCRIPTORS = 16
 _KILL_SECONDS = 5.0  # What a killed process has to vanish.
 _SHARED_MEMORY = '/dev/shm'  # Where shm_open keeps what has a name.
 
@@ -482,7 +488,9 @@ def _answer_calls(channel, target):
 class _Child:
   """What the fork server knows of a process."""
 
-  status: int  # Write end of a pipe: first the pid, then the exit code.
+  # Write end of a pipe: first the pid, or an error number, negative, if there
+  # is none; then the exit code.
+  status: int
   folder: str  # Working directory and place for temporary files.
   older: frozenset  # Inodes that were in /dev/shm before it started.
 
@@ -495,6 +503,9 @@ def _serve(control_fd, folder):
     folder: where each process gets a folder; removed in the end.
   """
   control = socket.socket(fileno=control_fd)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # It may have more processes than the program was allowed at its start.
+  resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
   # What its processes leave behind becomes its own child, and is reaped.
   _prctl(_PR_SET_CHILD_SUBREAPER, 1)
   children = {}
@@ -518,8 +529,11 @@ def _serve(control_fd, folder):
       if command == b'k':
         if pid in children:
           _kill(pid, children[pid])
+      elif len(fds) < 3:  # There were no descriptors for the others.
+        _refuse(fds, errno.EMFILE)
       else:
-        _fork(children, folder, [control_fd, wakeup, wakeup_write], *fds)
+        own_fds = [control_fd, wakeup, wakeup_write]
+        _fork(children, folder, own_fds, limits, *fds)
   for pid, child in children.items():
     _kill(pid, child)
   for pid in list(children):
@@ -527,8 +541,18 @@ def _serve(control_fd, folder):
   shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
-  """Forks one process; the three file descriptors are its program's."""
+def _refuse(fds, error):
+  """Tells the program why no process was forked; closes its descriptors."""
+  if fds:
+    _report(fds[0], -error)
+  for fd in fds:
+    os.close(fd)
+
+
+def _fork(
+  children, parent_folder, own_fds, limits, status, connection, memory_fd
+):
+  """Forks one process; the last three arguments are its program's."""
   payload = os.pread(memory_fd, os.fstat(memory_fd).st_size, 0)
   modules, payload = pickle.loads(payload)
   for module in modules:
@@ -539,13 +563,16 @@ def _fork(children, parent_folder, own_fds, connection, memory_fd, status):
   older = _shared_memory_inodes()
   try:
     folder = tempfile.mkdtemp(dir=parent_folder)
-    pid = os.fork()
-  except OSError:  # The program sees the ends closed.
-    traceback.print_exc()
-    for fd in (connection, memory_fd, status):
-      os.close(fd)
+    try:
+      pid = os.fork()
+    except OSError:
+      os.rmdir(folder)
+      raise
+  except OSError as error:
+    _refuse([status, connection, memory_fd], error.errno)
     return
   if pid == 0:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     # Inherited ends of other pipes would hide the deaths of their owners.
     for fd in own_fds + [status] + [c.status for c in children.values()]:
       os.close(fd)
@@ -714,25 +741,43 @@ class _ForkServer:
       The `_Channel` to it, the read end of its status pipe, and its pid.
 
     Raises:
+      OSError: the system has no more of something.
       ProcessError: it could not be forked.
     """
-    memory_fd = os.memfd_create('impala-process')
-    os.write(memory_fd, pickle.dumps((modules, payload)))
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    status, status_write = os.pipe()
-    with theirs, self._lock:
+    with contextlib.ExitStack() as stack:
+      memory_fd = _create_memory(pickle.dumps((modules, payload)))
+      stack.callback(os.close, memory_fd)
+      ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+      stack.enter_context(ours)
+      with theirs:
+        status, status_write = os.pipe()
+        stack.callback(os.close, status)
+        try:
+          self._request([status_write, theirs.fileno(), memory_fd])
+        finally:
+          os.close(status_write)
+      word = os.read(status, 8)
+      if not word:
+        raise self._failure()
+      (pid,) = _WORD.unpack(word)
+      if pid < 0:
+        raise OSError(-pid, os.strerror(-pid))
+      channel = _Channel(ours, memory_fd)
+      stack.pop_all()
+    return channel, status, pid
+
+  def _request(self, fds):
+    with self._lock:
       self._ensure_running()
-      fds = [theirs.fileno(), memory_fd, status_write]
-      with contextlib.suppress(ConnectionError):  # Told by the read.
+      with contextlib.suppress(ConnectionError):  # Told by its silence.
         socket.send_fds(self._control, [struct.pack('<cq', b's', 0)], fds)
-    os.close(status_write)
-    channel = _Channel(ours, memory_fd)
-    word = os.read(status, 8)
-    if not word:
-      channel.close()
-      os.close(status)
-      raise ProcessError('The fork server failed; see what it printed.')
-    return channel, status, *_WORD.unpack(word)
+
+  def _failure(self):
+    """Returns why the server, instead of an answer, closed its end."""
+    with self._lock:
+      if not _is_readable(self._control.fileno(), timeout=0):
+        return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return ProcessError('The fork server failed; see what it printed.')
 
   def kill(self, pid):
     # Through the server, who knows whether the pid is still that process.
@@ -750,17 +795,26 @@ class _ForkServer:
       if not _is_readable(self._control.fileno(), timeout=0):
         return
       self._end()
-    self._folder = tempfile.mkdtemp(prefix='impala-')
-    self._control, theirs = socket.socketpair(
-      socket.AF_UNIX, socket.SOCK_SEQPACKET
-    )
-    path = [native.FOLDER, *sys.path]
+    folder = tempfile.mkdtemp(prefix='impala-')
+    try:
+      self._launch(folder)
+    except OSError:
+      os.rmdir(folder)
+      raise
+
+  def _launch(self, folder):
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Also where the program was started: users' modules may be there, however
+    # it was called. Absolute, since each process has a folder of its own.
+    path = [native.FOLDER, *sys.path, os.getcwd()]
+    path = [os.path.abspath(folder) for folder in path]
     code = (
       f'import sys; sys.path[:] = {path!r}; '
       'import py_process; '
-      f'py_process._serve({theirs.fileno()}, {self._folder!r})'
+      f'py_process._serve({theirs.fileno()}, {folder!r})'
     )
-    with theirs:
+    with theirs, contextlib.ExitStack() as stack:
+      stack.enter_context(control)
       self._server = subprocess.Popen(
         [sys.executable, '-c', code],
         stdin=subprocess.DEVNULL,
@@ -776,6 +830,8 @@ class _ForkServer:
           'CUDA_VISIBLE_DEVICES': '-1',
         },
       )
+      stack.pop_all()
+    self._control, self._folder = control, folder
 
   def _end(self):
     self._control.close()
@@ -783,6 +839,21 @@ class _ForkServer:
     self._server = None
     # If it was killed, it left its own.
     shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _create_memory(content):
+  """Returns the descriptor of an unnamed file that others may only extend.
+
+  Who reads memory that another has cut off is killed by SIGBUS.
+  """
+  fd = os.memfd_create('impala-process', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+  try:
+    os.write(fd, content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+  except OSError:
+    os.close(fd)
+    raise
+  return fd
 
 
 def _is_readable(fd, timeout):
@@ -1054,17 +1125,89 @@ def start_all(processes):
   """Starts processes concurrently and waits until their objects are made.
 
   Raises:
-    ProcessError: a constructor raised or a process died; none is left running.
+    ProcessError: a constructor raised, a process died, or the system's limits
+      don't allow as many; none is left running.
   """
   _library()  # Raises before anything starts.
+  is_first = any(process.pid is None for process in processes)
+  reserve_descriptors(len(processes), _SPARE_DESCRIPTORS if is_first else 0)
   try:
     for process in processes:
       process._launch()
     for process in processes:
       process._await()
+  except (OSError, MemoryError) as error:
+    close_all(processes)
+    shortage = _describe_shortage(error)
+    if shortage is None:
+      raise
+    raise ProcessError(
+      f'An environment process could not be started: {shortage}'
+    ) from None
   except BaseException:
     close_all(processes)
     raise
+
+
+def reserve_descriptors(num_processes, num_others=_SPARE_DESCRIPTORS):
+  """Has the system let this program open what more processes will need.
+
+  Args:
+    num_processes: how many processes will be started.
+    num_others: how many other files the program will open.
+
+  Raises:
+    ProcessError: the system does not allow as many.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  num_open = len(os.listdir('/proc/self/fd'))
+  needed = num_open + num_processes * _DESCRIPTORS + num_others
+  if needed <= soft or soft == resource.RLIM_INFINITY:
+    return
+  if needed > hard and hard != resource.RLIM_INFINITY:
+    raise ProcessError(
+      f'This program needs {needed} open files for {num_processes} environment '
+      f'processes, but may have {hard}. Raise the limit ("ulimit -n {needed}") '
+      'or start fewer environments.'
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _describe_shortage(error):
+  """Returns what the system has no more of, in a sentence; None if nothing."""
+
+  def limit(number):
+    value = resource.getrlimit(number)[0]
+    return 'none' if value == resource.RLIM_INFINITY else value
+
+  number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
+  if number == errno.EMFILE:
+    return (
+      f'no more files can be opened (ulimit -n: {limit(resource.RLIMIT_NOFILE)}'
+      '). Raise the limit or start fewer environments.'
+    )
+  if number == errno.ENFILE:
+    return (
+      'all programs together can open no more files (/proc/sys/fs/file-max). '
+      'Raise the limit or start fewer environments.'
+    )
+  if number == errno.EAGAIN:
+    return (
+      'there are too many processes and threads (ulimit -u: '
+      f'{limit(resource.RLIMIT_NPROC)}; a container may allow fewer). Raise '
+      'the limit or start fewer environments.'
+    )
+  if number == errno.ENOMEM:
+    return (
+      f'there is no more memory (limit in bytes: {limit(resource.RLIMIT_AS)}). '
+      'Start fewer environments.'
+    )
+  if number == errno.ENOSPC:
+    return (
+      f'there is no space left in {tempfile.gettempdir()}. Free some, or set '
+      'TMPDIR to another folder.'
+    )
+  return None
 
 
 def close_all(processes):
@@ -1216,7 +1359,9 @@ class _Library:
     )
 
   def open_channel(self, number, channel):
-    self._open(number, *map(os.dup, channel.filenos()))
+    error = self._open(number, *channel.filenos())
+    if error:
+      raise OSError(error, os.strerror(error))
 
   def close_channel(self, number):
     self._close(number)

@@ -20,6 +20,7 @@
 // take too long, through the C functions at the end of this file.
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
@@ -323,16 +324,19 @@ class Poller {
     return poller;
   }
 
-  // Calls OnReadable from now on, until the channel is gone.
-  bool Add(int socket, std::weak_ptr<Channel> channel, int64_t* key) {
+  // Calls OnReadable from now on, until the channel is gone. Returns 0 or an
+  // error number.
+  int Add(int socket, std::weak_ptr<Channel> channel, int64_t* key) {
     mutex_lock lock(mu_);
+    if (!Start()) return errno;
     channels_[*key = ++last_key_] = std::move(channel);
     epoll_event event = {};
     // Edge-triggered: the end of a process is told once. That it may come along
     // with an answer and be missed does no harm, as then the next send fails.
     event.events = EPOLLIN | EPOLLET;
     event.data.u64 = *key;
-    return epoll_ctl(epoll_, EPOLL_CTL_ADD, socket, &event) == 0;
+    const int failed = epoll_ctl(epoll_, EPOLL_CTL_ADD, socket, &event);
+    return failed ? errno : 0;
   }
 
   void Remove(int64_t key) {
@@ -341,12 +345,20 @@ class Poller {
   }
 
  private:
-  Poller() : epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+  Poller() = default;
+
+  // There may be no descriptor left now, but one for the next channel.
+  bool Start() TF_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (epoll_ >= 0) return true;
+    epoll_ = epoll_create1(EPOLL_CLOEXEC);
+    if (epoll_ < 0) return false;
     thread_.reset(tensorflow::Env::Default()->StartThread(
-        tensorflow::ThreadOptions(), "py_process_poller", [this] { Loop(); }));
+        tensorflow::ThreadOptions(), "py_process_poller",
+        [this, epoll = epoll_] { Loop(epoll); }));
+    return true;
   }
 
-  void Loop();
+  void Loop(int epoll);
 
   std::shared_ptr<Channel> Find(int64_t key) {
     mutex_lock lock(mu_);
@@ -354,8 +366,8 @@ class Poller {
     return it == channels_.end() ? nullptr : it->second.lock();
   }
 
-  const int epoll_;
   mutex mu_;
+  int epoll_ TF_GUARDED_BY(mu_) = -1;
   int64_t last_key_ TF_GUARDED_BY(mu_) = 0;
   std::unordered_map<int64_t, std::weak_ptr<Channel>> channels_
       TF_GUARDED_BY(mu_);
@@ -372,12 +384,8 @@ class Channel : public std::enable_shared_from_this<Channel> {
     close(socket_);
   }
 
-  void Start() {
-    if (!Poller::Get()->Add(socket_, weak_from_this(), &key_)) {
-      Break(errors::Internal("Can't wait for the environment process: ",
-                             strerror(errno)));
-    }
-  }
+  // Returns 0 or an error number.
+  int Start() { return Poller::Get()->Add(socket_, weak_from_this(), &key_); }
 
   void Enqueue(std::shared_ptr<Call> call) {
     CancellationManager* manager = call->context->cancellation_manager();
@@ -578,11 +586,11 @@ class Channel : public std::enable_shared_from_this<Channel> {
   std::deque<std::shared_ptr<Call>> queue_ TF_GUARDED_BY(mu_);
 };
 
-void Poller::Loop() {
+void Poller::Loop(int epoll) {
   constexpr int kMaxEvents = 64;
   epoll_event events[kMaxEvents];
   while (true) {
-    const int count = epoll_wait(epoll_, events, kMaxEvents, -1);
+    const int count = epoll_wait(epoll, events, kMaxEvents, -1);
     for (int i = 0; i < count; ++i) {
       if (auto channel = Find(events[i].data.u64)) channel->OnReadable();
     }
@@ -597,9 +605,11 @@ class Channels {
     return channels;
   }
 
-  void Open(int64_t process, std::shared_ptr<Channel> channel) {
-    channel->Start();
-    Replace(process, std::move(channel));
+  // Returns 0 or an error number.
+  int Open(int64_t process, std::shared_ptr<Channel> channel) {
+    const int error = channel->Start();
+    if (error == 0) Replace(process, std::move(channel));
+    return error;
   }
 
   void Close(int64_t process) { Replace(process, nullptr); }
@@ -710,11 +720,19 @@ REGISTER_KERNEL_BUILDER(Name("PyProcessCall").Device(tensorflow::DEVICE_CPU),
 
 extern "C" {
 
-// Opens the channel of a process, replacing the one it had. Takes over both
-// file descriptors.
-void ImpalaOpenChannel(int64_t process, int socket, int memory) {
-  impala::Channels::Get()->Open(
-      process, std::make_shared<impala::Channel>(socket, memory));
+// Opens the channel of a process, replacing the one it had. Duplicates both
+// file descriptors. Returns 0 or an error number.
+int ImpalaOpenChannel(int64_t process, int socket, int memory) {
+  const int own_socket = fcntl(socket, F_DUPFD_CLOEXEC, 0);
+  if (own_socket < 0) return errno;
+  const int own_memory = fcntl(memory, F_DUPFD_CLOEXEC, 0);
+  if (own_memory < 0) {
+    const int error = errno;
+    close(own_socket);
+    return error;
+  }
+  return impala::Channels::Get()->Open(
+      process, std::make_shared<impala::Channel>(own_socket, own_memory));
 }
 
 // Closes the channel of a process; its calls end with Cancelled.
