@@ -659,7 +659,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
 
   def act(state):
     # The agent doesn't see the accounts of the episode.
-    env_output = state.env_output._replace(info=())
+    env_output = state.env_output._replace(info=(), game_over=(), truncated=())
     agent_output, agent_state = infer(
       *_with_batch((state.agent_output.action, env_output, state.agent_state))
     )
@@ -789,7 +789,12 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
       target_policy_logits=learner_outputs.policy_logits,
       actions=agent_outputs.action,
       discounts=tf.cast(~env_outputs.done, tf.float32) * FLAGS.discounting,
-      rewards=_clip_rewards(env_outputs.reward),
+      # See environments.py: nothing is learned from an entry that only resets.
+      rewards=tf.where(
+        env_outputs.truncated,
+        learner_outputs.baseline,
+        _clip_rewards(env_outputs.reward),
+      ),
       values=learner_outputs.baseline,
       bootstrap_value=last_output.baseline,
     )
@@ -804,6 +809,7 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     tf.square(vtrace_returns.vs - learner_outputs.baseline)
   )
   entropy = _entropy(learner_outputs.policy_logits)
+  entropy = tf.where(env_outputs.truncated, tf.zeros_like(entropy), entropy)
   total_loss = (
     policy_gradient_loss
     + FLAGS.baseline_cost * baseline_loss
@@ -918,7 +924,7 @@ Unroll = collections.namedtuple('Unroll', 'actor_output global_step')
 # info [T, B], and scalars.
 Update = collections.namedtuple(
   'Update',
-  'learner level_name done info policy_lag queue_size wait_seconds',
+  'learner level_name game_over info policy_lag queue_size wait_seconds',
 )
 
 
@@ -986,7 +992,7 @@ def build_training(agent, queue):
     learner=learner,
     level_name=output.level_name,
     # The first entry was told as the last one of the unroll before.
-    done=output.env_outputs.done[1:],
+    game_over=output.env_outputs.game_over[1:],
     info=_take(output.env_outputs.info, slice(1, None)),
     policy_lag=tf.reduce_mean(tf.cast(lag, tf.float32)) / _frames_per_update(),
     queue_size=queue.queue.size(),
@@ -1174,14 +1180,14 @@ class Metrics:
       self._updates.append(update)
       self.global_step = int(update.learner.global_step)
       # One row per unroll.
-      for name, done, returns, steps in zip(
+      for name, game_over, returns, steps in zip(
         update.level_name,
-        update.done.T,
+        update.game_over.T,
         update.info.episode_return.T,
         update.info.episode_step.T,
         strict=True,
       ):
-        for i in np.flatnonzero(done):
+        for i in np.flatnonzero(game_over):
           self._add_episode(six.ensure_str(name), returns[i], steps[i])
 
   def latest_return(self):
@@ -2701,12 +2707,15 @@ class TestLoops(tf.train.SessionRunHook):
         f'return {unroll.info.episode_return[t]:.2f}',
         f'action {unroll.action[t + 1]}   value {unroll.baseline[t + 1]:.3f}',
       ]
-      add(self._game.family.picture(unroll.frame[t]), lines)
+      add(self._game.family.picture(unroll.frame[t], self._game.spec), lines)
     if end is not None:
       # The last frame stays for a second, with what its action brought.
       lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
       for _ in range(_VIDEO_FRAMES_PER_SECOND):
-        add(self._game.family.picture(unroll.frame[end - 1]), lines)
+        add(
+          self._game.family.picture(unroll.frame[end - 1], self._game.spec),
+          lines,
+        )
 
   def _video(self, name):
     """Returns the path of a level's video."""
