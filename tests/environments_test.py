@@ -1474,6 +1474,7 @@ def test_program_imports_no_library_and_repeats_no_warning():
   )
   assert result.returncode == 0, result.stderr
   assert result.stderr.count('WARN:') == 1, result.stderr
+  assert 'A.L.E' not in result.stderr, result.stderr
   assert result.stdout == ''
 
 
