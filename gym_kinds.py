@@ -151,6 +151,13 @@ class _Atari(Kind):
   PICTURE_CHANNELS = (3, 4)  # The newest.
   REPEATS_ARGUMENT = 'frameskip'
 
+  def __init__(self, *args, **kwargs):
+    import ale_py
+
+    super().__init__(*args, **kwargs)
+    # Else each process greets.
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+
   def arguments(self):
     return {
       'frameskip': 1,

@@ -58,6 +58,8 @@ def _unroll():
         ),
         np.zeros(length, bool),
         (frames, np.full(length, b'', object)),
+        np.zeros(length, bool),
+        np.zeros(length, bool),
       ),
       agent_outputs=AgentOutput(
         np.zeros(length, np.int32),

@@ -754,23 +754,25 @@ def test_gym_test_is_over_at_any_end(name):
   _check_silence(steps[9:])
 
 
-def _unroll(level, num_steps):
-  """Returns a `StepOutput` of [num_steps], of a level in the graph."""
-  settings = _settings(**_TOY_SIZE, num_action_repeats=1)
+def _unroll(level, actions, **settings):
+  """Returns a `StepOutput` of [len(actions)], of a level in the graph."""
+  settings = _settings(**settings)
   family = environments.family_of(level)
   spec = family.describe(level, settings)
   process = family.create(level, 1, settings, spec)
   env = environments.FlowEnvironment(process.proxy)
   output, _ = tf.scan(
     lambda last, action: env.step(action, last[1]),
-    tf.zeros([num_steps], tf.int32),
+    tf.constant(actions, tf.int32),
     env.initial(),
   )
   return _run(output)[0]
 
 
 def test_gym_accounts_leave_out_the_entry_of_a_truncation():
-  output = _unroll('gym:toy_gym:Grey-v0?length=3&truncates=true', 9)
+  output = _unroll(
+    'gym:toy_gym:Grey-v0?length=3&truncates=true', [0] * 9, num_action_repeats=1
+  )
   np.testing.assert_array_equal(
     output.info.episode_return, [10, 30, 60, 60, 10, 30, 60, 60, 10]
   )
@@ -788,7 +790,9 @@ def test_true_values_are_what_a_learner_as_described_converges_to(is_cut):
   # to come is the same everywhere: 1 / (1 - discounting).
   discounting, num_steps = 0.9, 11
   output = _unroll(
-    f'gym:toy_gym:Ones-v0?length=3&truncates={is_cut}', num_steps
+    f'gym:toy_gym:Ones-v0?length=3&truncates={is_cut}',
+    [0] * num_steps,
+    num_action_repeats=1,
   )
   if is_cut:
     values = np.full(num_steps + 1, 1 / (1 - discounting))
@@ -1312,6 +1316,16 @@ def test_atari_life_lost_does_not_end_the_episode_in_test():
   _check_silence(steps[[step.done for step in steps].index(True) :])
 
 
+def test_atari_accounts_are_those_of_the_whole_game():
+  output = _unroll('gym:ALE/Breakout-v5', [_SERVE, _LEFT] * 120)
+  (end, *_) = np.flatnonzero(output.game_over)
+  assert np.flatnonzero(output.done).tolist().index(end) == 4  # Of 5 lives.
+  assert output.info.episode_step[end] == end + 1
+  assert output.info.episode_return[end] == output.reward[: end + 1].sum() > 0
+  assert output.info.episode_step[end + 1] == 1
+  assert output.info.episode_return[end + 1] == output.reward[end + 1]
+
+
 def test_atari_suite_has_all_actions_and_half_an_hour_per_game():
   level = 'gym:ALE/Pong-v5'
   assert _spec(level).action_set.tolist() == list(range(6))
@@ -1460,6 +1474,7 @@ def test_program_imports_no_library_and_repeats_no_warning():
   )
   assert result.returncode == 0, result.stderr
   assert result.stderr.count('WARN:') == 1, result.stderr
+  assert 'A.L.E' not in result.stderr, result.stderr
   assert result.stdout == ''
 
 
@@ -1473,3 +1488,33 @@ def test_environment_processes_do_without_tensorflow():
   with _playing('gym:toy_gym:Rgb-v0') as process:
     with open(f'/proc/{process.pid}/maps') as maps:
       assert 'tensorflow' not in maps.read()
+
+
+def test_module_in_the_current_folder_is_found_however_the_program_is_called(
+  tmp_path,
+):
+  for folder in ('program', 'current'):
+    (tmp_path / folder).mkdir()
+  (tmp_path / 'current' / 'my_own_levels.py').write_text('import toy_gym\n')
+  script = tmp_path / 'program' / 'script.py'
+  code = """
+    import environments
+    settings = environments.Settings(4, 6, 4, '', '/tmp', False)
+    level = 'gym:my_own_levels:Grey-v0'
+    spec = environments.GymEnvironment.describe(level, settings)
+    process = environments.GymEnvironment.create(level, 1, settings, spec)
+    process.start()
+    print(process.call('initial')[0].shape)
+  """
+  script.write_text(textwrap.dedent(code))
+  places = [os.path.dirname(environments.__file__), _FOLDER]
+  result = subprocess.run(
+    [sys.executable, script],
+    cwd=tmp_path / 'current',
+    env={**os.environ, 'PYTHONPATH': os.pathsep.join(places)},
+    capture_output=True,
+    text=True,
+    timeout=2 * _PATIENCE,
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == '(4, 6, 1)\n'

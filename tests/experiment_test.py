@@ -55,6 +55,8 @@ def numpy_losses(target_logits, baseline, behaviour, env, discounting):
       rho = target[t, b, action] / mu[t + 1, b, action]
       gamma = 0.0 if env.done[t + 1, b] else discounting
       reward = np.clip(env.reward[t + 1, b], -1, 1)
+      if env.truncated[t + 1, b]:  # No step: its error is 0.
+        reward = baseline[t, b]
       delta = min(1, rho) * (
         reward + gamma * baseline[t + 1, b] - baseline[t, b]
       )
@@ -67,7 +69,8 @@ def numpy_losses(target_logits, baseline, behaviour, env, discounting):
       policy_gradient -= np.log(target[t, b, action]) * advantage
     for t in range(num_steps):
       value += 0.5 * (vs[t] - baseline[t, b]) ** 2
-      entropy -= (target[t, b] * np.log(target[t, b])).sum()
+      if not env.truncated[t + 1, b]:
+        entropy -= (target[t, b] * np.log(target[t, b])).sum()
   return policy_gradient, value, entropy
 
 
@@ -161,6 +164,8 @@ def value_loss_with_fixed_targets(target, behaviour, env, discounting, shift):
       rho = min(1, probabilities[t, b, action] / mu[t + 1, b, action])
       gamma = 0.0 if env.done[t + 1, b] else discounting
       reward = np.clip(env.reward[t + 1, b], -1, 1)
+      if env.truncated[t + 1, b]:  # No step: its error is 0.
+        reward = baseline[t, b]
       vs = (
         baseline[t, b]
         + rho * (reward + gamma * baseline[t + 1, b] - baseline[t, b])
@@ -228,16 +233,18 @@ def loss_of_single_steps(agent, env, behaviour):
     logits,
     actions,
     np.where(env.done[1:], 0, FLAGS.discounting).astype(np.float32),
-    np.clip(env.reward[1:], -1, 1),
+    tf.where(env.truncated[1:], baseline, np.clip(env.reward[1:], -1, 1)),
     baseline,
     outputs[-1].baseline,
   )
   log_policy = tf.math.log_softmax(logits)
   log_probs = tf.reduce_sum(log_policy * tf.one_hot(actions, NUM_ACTIONS), -1)
+  is_step = (~env.truncated[1:, :, np.newaxis]).astype(np.float32)
   return (
     -tf.reduce_sum(log_probs * targets.pg_advantages)
     + FLAGS.baseline_cost * tf.reduce_sum((targets.vs - baseline) ** 2) / 2
-    + FLAGS.entropy_cost * tf.reduce_sum(tf.exp(log_policy) * log_policy)
+    + FLAGS.entropy_cost
+    * tf.reduce_sum(is_step * tf.exp(log_policy) * log_policy)
   )
 
 
@@ -384,7 +391,9 @@ def vtrace_by_hand(target, behaviour, env, rho_bar, lambda_):
     index = np.arange(vs.shape[1]), behaviour.action[t + 1]
     rho = pi[t][index] / mu[t + 1][index]
     gamma = np.where(env.done[t + 1], 0, FLAGS.discounting)
-    reward = np.clip(env.reward[t + 1], -1, 1)
+    reward = np.where(
+      env.truncated[t + 1], values[t], np.clip(env.reward[t + 1], -1, 1)
+    )
     vs[t] += np.minimum(rho_bar, rho) * (
       reward + gamma * values[t + 1] - values[t]
     ) + gamma * lambda_ * np.minimum(1, rho) * (vs[t + 1] - values[t + 1])
@@ -395,7 +404,8 @@ def vtrace_by_hand(target, behaviour, env, rho_bar, lambda_):
 def test_nothing_is_learned_from_a_reset_after_a_time_limit(learner_batch):
   """Losses are those of two unrolls, the first ending before the reset."""
   env, behaviour = learner_batch
-  env.done[:], env.reward[3] = False, 0
+  env.done[:] = env.truncated[:] = False
+  env.reward[3] = 0
   env.done[3] = env.truncated[3] = env.game_over[3] = True
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
@@ -471,6 +481,7 @@ def test_deep_network_learns_to_see():
   env = env._replace(
     reward=rewards,
     done=np.zeros(shape, bool),
+    truncated=np.zeros(shape, bool),
     observation=(frames, env.observation[1]),
   )
   behaviour = AgentOutput(
@@ -824,7 +835,7 @@ def test_atari_suite_is_57_games_with_all_actions(mode, monkeypatch):
     return environments.EnvironmentSpec([], (84, 84, 4))
 
   monkeypatch.setattr(
-    environments.AtariEnvironment, 'describe', classmethod(describe)
+    environments.GymEnvironment, 'describe', classmethod(describe)
   )
   with flagsaver.flagsaver(level_name='atari57', mode=mode):
     game = experiment._choose_game()

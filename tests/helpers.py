@@ -160,14 +160,17 @@ FRAME = (12, 16, 3)
 
 def env_outputs(random, shape, instructions=('',)):
   """Returns a `StepOutput` of random NumPy values with leading dimensions."""
+  done = random.random(shape) < 0.3
+  # Of two ends, one was a lost life or an end, the other a time limit.
+  truncated = done & (np.cumsum(done, axis=0) % 2 == 0)
   return environments.StepOutput(
     reward=random.normal(size=shape).astype(np.float32) * 2,
     info=environments.StepOutputInfo(
       np.zeros(shape, np.float32), np.zeros(shape, np.int32)
     ),
-    done=random.random(shape) < 0.3,
-    game_over=np.zeros(shape, bool),
-    truncated=np.zeros(shape, bool),
+    done=done,
+    game_over=done,
+    truncated=truncated,
     observation=(
       random.integers(0, 256, (*shape, *FRAME), np.uint8),
       random.choice(np.array(instructions, object), shape),
