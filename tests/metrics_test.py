@@ -88,7 +88,7 @@ def test_report_is_of_its_period(tmp_path):
   assert lines[0] == ('a: return 2.50, 20 frames (mean of the last 2 episodes)')
   assert lines[-1] == 'two actors'
   # Nothing happens in the second period.
-  assert metrics.report()[0] == 'No update of the learner in this period.'
+  assert metrics.report()[0].startswith('No update of the learner')
   tf.summary.FileWriterCache.get(str(tmp_path)).flush()
   values = read_events(tmp_path)
   assert values['a/episode_return'] == [(40, 1.0), (80, 4.0)]
