@@ -230,8 +230,6 @@ def _draw_group(axis, panel, runs, x_axis, colour, style):
 def _label(logdirs):
   """Returns the name of some trainings in the legend."""
   name, count = _printable(logdirs[0]), len(logdirs)
-  # Of a name with an underscore first, Matplotlib makes no entry.
-  name = f' {name}' if name.startswith('_') else name
   if count == 1:
     return f'{name} (mean of the last {_EPISODES} episodes)'
   return f'{name} and {count - 1} with other seeds (mean and range)'
@@ -282,7 +280,7 @@ def main():
     draw(groups, output, args.x)
   except OSError as error:
     sys.exit(f'plot.py: {output} can not be written ({error.strerror}).')
-  print(f'Learning curve: {output}')
+  print(f'Learning curve: {_printable(output)}')
 
 
 if __name__ == '__main__':
