@@ -1090,27 +1090,25 @@ def _video_path(frames):
 def _open_results(game, checkpoint, frames):
   """Returns the `evaluation.Results` of what the flags ask for."""
   _make_folder('logdir', os.path.dirname(_results_path(frames)))
-  try:
-    results = evaluation.Results(
-      path=_results_path(frames),
-      settings={
-        'level_name': FLAGS.level_name,
-        'checkpoint': os.path.basename(checkpoint),
-        'checkpoint_sha256': checkpoints.fingerprint(checkpoint),
-        'frames': frames,
-        'seed': FLAGS.seed,
-        'num_action_repeats': FLAGS.num_action_repeats,
-        'frame_shape': list(game.spec.frame_shape),
-        'precision': FLAGS.precision,
-      },
-      levels=game.names,
-      num_episodes=FLAGS.test_num_episodes,
-      references=levels.reference_scores(game.names),
-      aggregates=levels.aggregates(FLAGS.level_name),
-      facts={'flags': _flag_values(), 'versions': evaluation.versions()},
-    )
-  except evaluation.OtherEvaluation as error:
-    raise UserError(str(error)) from None
+  results = evaluation.Results(
+    path=_results_path(frames),
+    settings={
+      'level_name': FLAGS.level_name,
+      'checkpoint': os.path.basename(checkpoint),
+      'checkpoint_sha256': checkpoints.fingerprint(checkpoint),
+      'frames': frames,
+      'seed': FLAGS.seed,
+      'num_action_repeats': FLAGS.num_action_repeats,
+      'frame_shape': list(game.spec.frame_shape),
+      'precision': FLAGS.precision,
+    },
+    levels=game.names,
+    num_episodes=FLAGS.test_num_episodes,
+    references=levels.reference_scores(game.names),
+    aggregates=levels.aggregates(FLAGS.level_name),
+    versions=evaluation.versions(game.names),
+    facts={'flags': _flag_values()},
+  )
   for name, reason in game.missing.items():
     results.give_up(name, str(reason))
   return results
@@ -1123,7 +1121,6 @@ def _watch_test(loops, results, signals):
 
   def poll():
     console.progress(results.num_played())
-    results.save()
 
   def report():
     if not console.is_live:

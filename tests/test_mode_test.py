@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import dmlab30
 import evaluation
 import experiment
 import toy_gym
@@ -52,13 +53,18 @@ def play(logdir, **kwargs):
 
 def read(logdir):
   (path,) = (logdir / 'test').glob('*.json')
-  return json.loads(path.read_text())
+
+  def refuse(name):
+    raise ValueError(f'{name} is no JSON.')
+
+  return json.loads(path.read_text(), parse_constant=refuse)
 
 
 def num_played(logdir):
-  if not list(logdir.glob('test/*.json')):
-    return 0
-  return sum(map(len, read(logdir)['episodes'].values()))
+  """Returns the number of episodes that were written, of a test under way."""
+  logs = list(logdir.glob('test/*.jsonl'))
+  # The first line has the settings.
+  return logs[0].read_bytes().count(b'\n') - 1 if logs else 0
 
 
 def first_lengths(seeds):
@@ -147,6 +153,23 @@ def test_level_that_keeps_crashing_is_missing(tmp_path, capsys):
   assert row['missing'] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('name', ['Huge', 'Nan'])
+def test_episode_without_a_return_is_a_failure(tmp_path, capsys, name):
+  save_agent(tmp_path)
+  with pytest.raises(SystemExit):
+    play(
+      tmp_path,
+      level_name=f'gym:toy_rewards:{name}-v0',
+      max_environment_restarts=1,
+    )
+  (row,) = read(tmp_path)['levels']
+  assert row['episodes'] == 0
+  assert row['mean'] is None
+  assert {'Huge': 'inf', 'Nan': 'nan'}[name] in row['missing']
+  assert row['missing'].endswith('(2 attempts)')
+  assert row['missing'] in capsys.readouterr().out
+
+
 def test_suite_with_levels_that_can_not_be_played(tmp_path, capsys):
   """The stand-in for DeepMind Lab knows some of the levels, and has no data."""
   deepmind_lab = pytest.importorskip('deepmind_lab')
@@ -165,7 +188,7 @@ def test_suite_with_levels_that_can_not_be_played(tmp_path, capsys):
   assert error.value.code == 1
   content = read(tmp_path)
   rows = {row['level']: row for row in content['levels']}
-  assert list(rows) == list(experiment.dmlab30.LEVEL_MAPPING.values())
+  assert list(rows) == list(dmlab30.LEVEL_MAPPING.values())
   played = {level for level, row in rows.items() if row['episodes'] == 2}
   # The held-out levels are among them.
   assert played == {
