@@ -25,6 +25,7 @@ import collections
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -245,6 +246,27 @@ flags.DEFINE_float(
   'Gradients of a larger global norm are scaled down to it; 0 is off.',
   lower_bound=0,
 )
+
+# What an agent's network and inputs depend on: a test can't have other values
+# than the training had.
+_AGENT_FLAGS = ('torso', 'num_action_repeats', 'height', 'width')
+# What a test doesn't take from the training: these flags are of a single run.
+_RUN_FLAGS = (
+  'mode',
+  'logdir',
+  'checkpoint',
+  'job_name',
+  'task',
+  'learner_address',
+  'actor_address',
+  'num_actors',
+  'test_interval_frames',
+  'video_dir',
+  'seed',
+  'precision',
+)
+
+_NUM_ATARI_ACTIONS = 18  # Of the console; most games have fewer of their own.
 
 _NOT_FINITE = 'The loss or its gradient is not finite'
 
@@ -641,8 +663,12 @@ def build_training(agent, queue):
 # --- Building blocks of the runs --------------------------------------------
 
 
-def _choose_game():
-  """Returns the `Game` that the flags ask for."""
+def _choose_game(num_actions=None):
+  """Returns the `Game` that the flags ask for.
+
+  Args:
+    num_actions: int, of the agent that is to play it, if that is known.
+  """
   suite = FLAGS.level_name in levels.SUITES
   settings = environments.Settings(
     height=FLAGS.height if FLAGS['height'].present else None,
@@ -651,8 +677,8 @@ def _choose_game():
     dataset_path=FLAGS.dataset_path,
     level_cache_dir=os.path.expanduser(FLAGS.level_cache_dir),
     is_test=FLAGS.mode == 'test',
-    # One agent plays all levels.
-    full_action_set=suite,
+    # One agent plays all levels, and so plays each alone in the same way.
+    full_action_set=suite or num_actions == _NUM_ATARI_ACTIONS,
   )
   return levels.choose_game(FLAGS.level_name, settings)
 
@@ -1024,7 +1050,12 @@ def test():
   """
   checkpoint = checkpoints.find(FLAGS.logdir, FLAGS.checkpoint)
   shapes, frames = checkpoints.read(checkpoint)
-  game = _choose_game()
+  description = checkpoints.find_description(checkpoint)
+  if description:
+    _take_training_flags(description)
+    game = _choose_game(len(description['action_set']))
+  else:  # A checkpoint of an older version, or copied without it.
+    game = _choose_game()
   with _new_graph(), stop_signals() as signals:
     agent = _new_agent(game)
     # Round after round through the levels.
@@ -1065,6 +1096,39 @@ def test():
     print_line('Interrupted: the same command plays the missing episodes.')
   if not results.is_complete():
     sys.exit(1)
+
+
+def _take_training_flags(description):
+  """Sets the flags that are not given as the training of the agent had them.
+
+  Args:
+    description: of the agent, see `checkpoints.find_description`.
+
+  Raises:
+    UserError: one that is given doesn't fit the agent.
+  """
+  height, width, _ = description['frame_shape']
+  trained = {
+    **description['flags'],
+    'torso': description['torso'],
+    'height': height,
+    'width': width,
+  }
+  for name, value in trained.items():
+    # Another version may have had other flags.
+    if name in _RUN_FLAGS or name not in FLAGS:
+      continue
+    flag = FLAGS[name]
+    if not flag.present:
+      try:
+        flag.parse(value)
+      except flags.Error as error:
+        raise UserError(f'Of the training: {error}') from None
+    elif name in _AGENT_FLAGS and flag.value != value:
+      raise UserError(
+        f'--{name} is {flag.value}, but the agent was trained with {value}: '
+        'leave it out.'
+      )
 
 
 def _results_path(frames):
@@ -1144,6 +1208,9 @@ def _has_bfloat16():
 
 def _check_flags():
   """Completes the flags; raises UserError if they make no sense together."""
+  for name, value in _flag_values().items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'--{name}={value}: it must be a finite number.')
   if FLAGS.precision == 'bfloat16' and not _has_bfloat16():
     FLAGS.precision = 'float32'
     print(

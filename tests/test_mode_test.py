@@ -13,11 +13,14 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import checkpoints
 import dmlab30
+import environments
 import evaluation
 import experiment
 import toy_gym
-from helpers import ROOT, TESTS, save_agent
+from errors import UserError
+from helpers import ROOT, TESTS, run, save_agent
 from levels import Game
 
 FLAGS = flags.FLAGS
@@ -49,6 +52,13 @@ def play(logdir, **kwargs):
     FLAGS['height'].present = FLAGS['width'].present = 1
     experiment.test()
   return read(logdir)
+
+
+def play_with(*arguments):
+  """Runs the test mode with flags as given on the command line."""
+  with flagsaver.flagsaver():
+    FLAGS(['experiment.py', '--mode=test', *arguments])
+    experiment.test()
 
 
 def read(logdir):
@@ -153,6 +163,89 @@ def test_level_that_keeps_crashing_is_missing(tmp_path, capsys):
   assert row['missing'] in capsys.readouterr().out
 
 
+def describe(logdir, num_actions=3, frame_shape=(4, 6, 1), **flag_values):
+  """Describes an agent as its training does."""
+  values = {'level_name': LENGTHS, 'num_action_repeats': 2, **flag_values}
+  spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
+  checkpoints.save_description(str(logdir), spec, 'shallow', values)
+
+
+def test_test_needs_the_log_folder_alone(tmp_path):
+  """And ignores what another version of the program had."""
+  checkpoint = save_agent(tmp_path)
+  describe(tmp_path, discounting=0.9, seed=7, num_actors=500, no_flag=1)
+  code, output = run('--mode=test', f'--logdir={tmp_path}')
+  assert code == 0, output
+  content = read(tmp_path)
+  assert content['settings']['level_name'] == LENGTHS
+  assert content['settings']['num_action_repeats'] == 2
+  assert content['settings']['frame_shape'] == [4, 6, 1]
+  assert content['settings']['seed'] == 1
+  assert content['flags']['discounting'] == 0.9
+  # The level may be another one; here, of the training's own background tests.
+  (tmp_path / 'test').mkdir(exist_ok=True)
+  for path in tmp_path.glob('model.ckpt-*'):
+    path.rename(tmp_path / 'test' / path.name)
+  checkpoint = tmp_path / 'test' / os.path.basename(checkpoint)
+  play_with(
+    f'--logdir={tmp_path / "other"}',
+    f'--checkpoint={checkpoint}',
+    '--level_name=gym:toy_gym:Grey-v0',
+  )
+  assert (
+    read(tmp_path / 'other')['settings']['level_name'] == 'gym:toy_gym:Grey-v0'
+  )
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--num_action_repeats=1', '--num_action_repeats is 1, .* with 2'),
+    ('--height=5', '--height is 5, .* trained with 4'),
+    ('--torso=deep', '--torso is deep, .* trained with shallow'),
+  ],
+)
+def test_other_inputs_than_the_agents_are_refused(tmp_path, flag, message):
+  save_agent(tmp_path)
+  describe(tmp_path)
+  with pytest.raises(UserError, match=message) as error:
+    play_with(f'--logdir={tmp_path}', flag)
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'test').exists()
+  # The same values may be given.
+  play_with(
+    f'--logdir={tmp_path}',
+    '--num_action_repeats=2',
+    '--height=4',
+    '--torso=shallow',
+    '--test_num_episodes=1',
+  )
+
+
+@pytest.mark.parametrize('text', ['{"flags": ', '{}', '[]', ''])
+def test_damaged_description_gets_one_sentence(tmp_path, text):
+  save_agent(tmp_path)
+  (tmp_path / 'agent.json').write_text(text)
+  with pytest.raises(UserError, match=r'agent\.json, .* can not be read'):
+    play_with(f'--logdir={tmp_path}')
+
+
+def test_agent_of_all_games_plays_one_with_all_actions(tmp_path):
+  """Pong alone has 6 actions; the agent chooses among the console's 18."""
+  pytest.importorskip('ale_py')
+  save_agent(tmp_path, num_actions=18, frame_shape=(84, 84, 4))
+  describe(
+    tmp_path, 18, (84, 84, 4), level_name='atari57', num_action_repeats=4
+  )
+  play_with(
+    f'--logdir={tmp_path}',
+    '--level_name=gym:ALE/Pong-v5',
+    '--test_num_episodes=1',
+  )
+  (row,) = read(tmp_path)['levels']
+  assert -21 <= row['mean'] <= 21
+
+
 @pytest.mark.parametrize('name', ['Huge', 'Nan'])
 def test_episode_without_a_return_is_a_failure(tmp_path, capsys, name):
   save_agent(tmp_path)
@@ -223,7 +316,7 @@ def test_suite_with_levels_that_can_not_be_played(tmp_path, capsys):
 )
 def test_impossible_test_gets_one_sentence(tmp_path, kwargs, message):
   save_agent(tmp_path)
-  with pytest.raises(experiment.UserError, match=message) as error:
+  with pytest.raises(UserError, match=message) as error:
     play(tmp_path, **kwargs)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'test').exists()
@@ -234,7 +327,7 @@ def test_chosen_checkpoint_is_tested_and_results_are_told_apart(tmp_path):
   save_agent(tmp_path, step=80)
   content = play(tmp_path, checkpoint=first, test_num_episodes=1)
   assert content['settings']['frames'] == 40
-  with pytest.raises(experiment.UserError, match='num_action_repeats is 1'):
+  with pytest.raises(UserError, match='num_action_repeats is 1'):
     play(tmp_path, checkpoint=first, test_num_episodes=1, num_action_repeats=2)
 
 
