@@ -222,6 +222,15 @@ def test_other_inputs_than_the_agents_are_refused(tmp_path, flag, message):
   )
 
 
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_flag_that_is_no_finite_number_is_refused(value):
+  """It could not be written as JSON."""
+  with flagsaver.flagsaver():
+    FLAGS(['experiment.py', f'--entropy_cost={value}'])
+    with pytest.raises(UserError, match=r'entropy_cost=.* finite number'):
+      experiment._check_flags()
+
+
 @pytest.mark.parametrize('text', ['{"flags": ', '{}', '[]', ''])
 def test_damaged_description_gets_one_sentence(tmp_path, text):
   save_agent(tmp_path)
