@@ -42,6 +42,7 @@ with quiet.start():
 
   import checkpoints
   import cluster
+  import convolution
   import dynamic_batching
   import environments
   import evaluation
@@ -759,6 +760,24 @@ def _session_config(num_actors):
   return config
 
 
+def _describe_device(role, only_cpu=False):
+  """Returns a line on what computes the network.
+
+  Args:
+    role: string, what runs it.
+    only_cpu: whether accelerators are not used.
+  """
+  has_gpu = not only_cpu and tf.config.list_physical_devices('GPU')
+  words = [f'{role} on {"GPU:0" if has_gpu else "CPU"}']
+  if FLAGS.torso == 'deep':
+    words.append(
+      'AVX-512 convolutions'
+      if convolution.available(FLAGS.precision)
+      else "TensorFlow's convolutions"
+    )
+  return ', '.join([*words, FLAGS.precision])
+
+
 def _make_folder(flag, path):
   """Makes a folder; raises UserError if it can't be written."""
   try:
@@ -809,6 +828,7 @@ def train():
     tests = _background_tests(metrics)
     close_queue = queue.queue.close(cancel_pending_enqueues=True)
     config = _session_config(FLAGS.num_actors)
+    print_line(_describe_device('learner'))
     try:
       with tf.train.MonitoredTrainingSession(
         master=''
@@ -1005,6 +1025,7 @@ def act():
     loops = _actor_loops(actor, index, processes, unroll, parameters.on_unroll)
     config = _session_config(len(processes))
     config.device_count['GPU'] = 0  # Accelerators belong to the learner.
+    print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     try:
       if client.join():
         with tf.train.MonitoredSession(
@@ -1077,6 +1098,7 @@ def test():
       video_path=_video_path(frames),
     )
     if loops.num_workers:
+      print_line(_describe_device('test'))
       with tf.train.MonitoredSession(
         tf.train.ChiefSessionCreator(
           config=_session_config(loops.num_workers),

@@ -14,13 +14,14 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints
+import convolution
 import dmlab30
 import environments
 import evaluation
 import experiment
 import toy_gym
 from errors import UserError
-from helpers import ROOT, TESTS, run, save_agent
+from helpers import ROOT, TESTS, TOY, run, save_agent
 from levels import Game
 
 FLAGS = flags.FLAGS
@@ -170,12 +171,14 @@ def describe(logdir, num_actions=3, frame_shape=(4, 6, 1), **flag_values):
   checkpoints.save_description(str(logdir), spec, 'shallow', values)
 
 
-def test_test_needs_the_log_folder_alone(tmp_path):
+def test_test_needs_the_log_folder_alone(tmp_path, monkeypatch):
   """And ignores what another version of the program had."""
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')
   checkpoint = save_agent(tmp_path)
   describe(tmp_path, discounting=0.9, seed=7, num_actors=500, no_flag=1)
   code, output = run('--mode=test', f'--logdir={tmp_path}')
   assert code == 0, output
+  assert 'test on CPU, float32\n' in output
   content = read(tmp_path)
   assert content['settings']['level_name'] == LENGTHS
   assert content['settings']['num_action_repeats'] == 2
@@ -220,6 +223,21 @@ def test_other_inputs_than_the_agents_are_refused(tmp_path, flag, message):
     '--torso=shallow',
     '--test_num_episodes=1',
   )
+
+
+def test_start_tells_device_and_kernels(tmp_path, monkeypatch):
+  """Where an accelerator is asked for, but can't be used, this is seen."""
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')
+  code, output = run(
+    *TOY,
+    f'--logdir={tmp_path}',
+    '--torso=deep',
+    '--total_environment_frames=10',
+  )
+  assert code == 0, output
+  has_own = convolution.available()
+  kernels = 'AVX-512' if has_own else "TensorFlow's"
+  assert output.startswith(f'learner on CPU, {kernels} convolutions, float32\n')
 
 
 @pytest.mark.parametrize('value', ['nan', 'inf'])
