@@ -485,13 +485,14 @@ class TestLoops(tf.train.SessionRunHook):
     self._episodes = collections.deque()
     for episode in range(len(processes)):
       name, number = self._identify(episode)
-      is_seen = results.has(name, number) and (
+      is_done = results.has(name, number) and (
         not self._is_recorded(number) or os.path.exists(video_path(name))
       )
-      if not is_seen and name not in results.missing:
+      if not is_done and name not in results.missing:
         self._episodes.append(episode)
     self.num_workers = min(num_workers, len(self._episodes))
-    # The running processes, which their thread closes or, to wake it, `stop`.
+    # The processes that run. Their threads close them; so does `stop`, as this
+    # ends what the threads wait for.
     self._running = set()
     self._lock = threading.Lock()
     self._threads = []
@@ -600,7 +601,7 @@ class TestLoops(tf.train.SessionRunHook):
     finally:
       with self._lock:
         self._running.discard(process)
-      # Which may take a while: others needn't wait for it.
+      # It may take a while, so the lock isn't held.
       process.close()
 
   def _play(self, episode):
@@ -608,12 +609,19 @@ class TestLoops(tf.train.SessionRunHook):
     name, number = self._identify(episode)
     if not self._is_recorded(number):
       return self._play_to_the_end(episode, self._unroll, lambda unroll: None)
-    with video.record(self._video_path(name), _VIDEO_FRAMES_PER_SECOND) as add:
-      return self._play_to_the_end(
-        episode,
-        self._unroll_for_video,
-        functools.partial(self._add_to_video, add),
-      )
+    path = self._video_path(name)
+    try:
+      with video.record(path, _VIDEO_FRAMES_PER_SECOND) as add:
+        return self._play_to_the_end(
+          episode,
+          self._unroll_for_video,
+          functools.partial(self._add_to_video, add),
+        )
+    except OSError as error:
+      raise UserError(
+        f'The video {path} can not be written ({error.strerror}): make room, '
+        'or give another --video_dir.'
+      ) from None
 
   def _play_to_the_end(self, episode, run, see):
     """Runs unrolls, shows each to `see`, and returns the last info."""
@@ -628,7 +636,7 @@ class TestLoops(tf.train.SessionRunHook):
 
   def _add_to_video(self, add, unroll):
     end = _end(unroll)
-    # The action that answers a frame comes with the next one.
+    # The action that was chosen at a frame is in the next entry.
     for t in range(len(unroll.done) - 1 if end is None else end):
       lines = [
         f'return {unroll.info.episode_return[t]:.2f}',
@@ -636,7 +644,7 @@ class TestLoops(tf.train.SessionRunHook):
       ]
       add(self._game.family.picture(unroll.frame[t]), lines)
     if end is not None:
-      # The last frame stays for a second, with what its action brought.
+      # The last frame is shown for a second, with the return after its action.
       lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
       for _ in range(_VIDEO_FRAMES_PER_SECOND):
         add(self._game.family.picture(unroll.frame[end - 1]), lines)
@@ -645,7 +653,7 @@ class TestLoops(tf.train.SessionRunHook):
     """Returns why an episode could not be played."""
     if isinstance(error, tf.errors.OpError):
       exit_code = self._processes[episode].exit_code()
-      # One that had not died by itself was told to end by `close`.
+      # It is 0 if `close` ended the process: then the error has the reason.
       if exit_code:
         return f'its process died with {describe_exit(exit_code)}'
     return explain(error)
@@ -653,15 +661,15 @@ class TestLoops(tf.train.SessionRunHook):
 
 def _end(unroll):
   """Returns the index at which a `TestUnroll` ends its episode, or None."""
-  # The first entry was seen as the last of the unroll before.
+  # The first entry is the last one of the unroll before.
   ends = np.flatnonzero(unroll.done[1:])
   return 1 + ends[0] if ends.size else None
 
 
 # --- Test in the background of a training -----------------------------------
 
-# Ends with the process whose id is its first argument, and becomes another
-# program.
+# Runs the Python program in the other arguments, and is killed when the process
+# with the id in its first argument ends.
 _CHILD = (
   'import os, sys, py_process; py_process.die_with(int(sys.argv[1])); '
   'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
@@ -671,8 +679,8 @@ _CHILD = (
 class BackgroundTests(tf.train.SessionRunHook):
   """Tests checkpoints in another process while the training goes on.
 
-  The learner's thread saves a checkpoint; `poll`, of the main thread, has it
-  tested. One at a time: while a test is under way, none is begun.
+  The learner's thread saves a checkpoint, and `poll`, which the main thread
+  calls, starts its test. There is one test at a time.
   """
 
   def __init__(self, metrics, logdir, interval_frames, arguments, path_of):
@@ -694,11 +702,11 @@ class BackgroundTests(tf.train.SessionRunHook):
     self._folder = os.path.join(logdir, 'test')
     self._log = os.path.join(self._folder, 'background.log')
     self._next_frames = None
-    self._checkpoint = None  # The one to test, or in test.
+    self._checkpoint = None  # Of the next test, or of that under way.
     self._process = None
 
   def begin(self):
-    # Its own: the training's may delete a checkpoint before it's read.
+    # The training's saver may delete a checkpoint before it is read.
     self._saver = tf.train.Saver(max_to_keep=1)
 
   def after_create_session(self, session, coord):
@@ -732,8 +740,8 @@ class BackgroundTests(tf.train.SessionRunHook):
     if self._process is None or self._process.poll() is None:
       return
     try:
-      # With 1, some levels are missing. Anything else: no test, and a file may
-      # be there from before.
+      # 1 means that levels are missing. Otherwise there was no test; the file,
+      # if there is one, is of an earlier one.
       if self._process.returncode not in (0, 1):
         raise ValueError('The test ended early.')
       frames = int(self._checkpoint.rpartition('-')[2])
@@ -741,7 +749,7 @@ class BackgroundTests(tf.train.SessionRunHook):
     except (OSError, ValueError):
       line = f'The test of {self._checkpoint} failed, see {self._log}.'
     console.print_line(line)
-    # In this order: without a checkpoint, the learner's thread saves another.
+    # Last: as soon as it is None, the learner's thread may save the next one.
     self._process = None
     self._checkpoint = None
 
@@ -776,6 +784,6 @@ class BackgroundTests(tf.train.SessionRunHook):
         env={
           **os.environ,
           'PYTHONPATH': os.pathsep.join(sys.path),
-          'CUDA_VISIBLE_DEVICES': '-1',  # The training has taken it all.
+          'CUDA_VISIBLE_DEVICES': '-1',  # The training uses its whole memory.
         },
       )

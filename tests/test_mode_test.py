@@ -21,7 +21,7 @@ import evaluation
 import experiment
 import toy_gym
 from errors import UserError
-from helpers import ROOT, TESTS, TOY, run, save_agent
+from helpers import ROOT, TESTS, TOY, Program, run, save_agent, wait_until
 from levels import Game
 
 FLAGS = flags.FLAGS
@@ -150,6 +150,26 @@ def test_killed_test_goes_on_to_the_same_result(tmp_path):
   assert (
     resumed['episodes'][LENGTHS][:count] == uninterrupted['episodes'][LENGTHS]
   )
+
+
+def test_interrupted_test_sums_up_what_was_played(tmp_path):
+  save_agent(tmp_path)
+  arguments = flags_of(tmp_path, test_num_episodes=300).items()
+  program = Program(*(f'--{name}={value}' for name, value in arguments))
+  try:
+    wait_until(
+      lambda: num_played(tmp_path) >= 5 or program.process.poll() is not None
+    )
+    program.process.terminate()
+    assert program.finish() == 1
+  finally:
+    program.process.kill()
+  assert 'Interrupted: the same command' in program.output
+  content = read(tmp_path)
+  assert not content['is_complete']
+  count = num_played(tmp_path)
+  assert len(content['episodes'][LENGTHS]) == count >= 5
+  assert content['levels'][0]['episodes'] == count
 
 
 def test_level_that_keeps_crashing_is_missing(tmp_path, capsys):
@@ -386,10 +406,21 @@ def test_video_shows_the_first_episode_of_a_level(tmp_path):
   assert all(frame[224:].max() > 200 for frame in frames)  # The text.
   assert np.abs(frames[0][224:].astype(int) - frames[9][224:]).max() > 100
 
-  # What was played is not played again, but for a video that is missing.
+  # What was played is not played again, unless its video is missing.
   path.unlink()
   again = play(
     tmp_path, level_name=level, test_num_episodes=2, video_dir=str(videos)
   )
   assert path.exists()
   assert again['episodes'] == content['episodes']
+
+
+def test_video_that_can_not_be_written_gets_one_sentence(tmp_path):
+  """The error of the thread that plays ends the test."""
+  save_agent(tmp_path)
+  videos = tmp_path / 'videos'
+  video = videos / 'gym_toy_gym_Grey-v0-frames40-seed1.mp4'
+  video.mkdir(parents=True)
+  with pytest.raises(UserError, match=r'mp4 can not be written \(Is a dir'):
+    play(tmp_path, level_name='gym:toy_gym:Grey-v0', video_dir=str(videos))
+  assert list(videos.iterdir()) == [video]
