@@ -367,7 +367,7 @@ def _statistics(level, returns, reference, missing):
 
 def _write(path, write):
   """Writes a file at once: readers see the old or the new content."""
-  temporary = path + '.tmp'
+  temporary = f'{path}.{os.getpid()}.tmp'  # Another program may write it, too.
   # Reasons may have characters of names of files that aren't text.
   with open(
     temporary, 'w', newline='', encoding='utf-8', errors='backslashreplace'

@@ -166,6 +166,10 @@ def test_two_programs_may_append(tmp_path):
   add(other, 'a', [1.0])
   add(other, 'b', [3.0])
   assert make(tmp_path).returns() == {'a': [1.0, 2.0], 'b': [3.0]}
+  other.save()
+  one.save()
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == ['results.csv', 'results.json', 'results.jsonl']
 
 
 def test_full_disk_is_told_in_one_sentence(tmp_path):
