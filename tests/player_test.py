@@ -118,7 +118,9 @@ def test_program_with_flags_of_its_own_plays(tmp_path):
   save_trained_agent(tmp_path)
   result = subprocess.run(
     [sys.executable, '-c', _ABSL_PROGRAM, '--seed=7', f'--logdir={tmp_path}'],
-    env={**os.environ, 'PYTHONPATH': ROOT},
+    # What our modules set when these tests imported them would hide that they
+    # set it.
+    env={'PATH': os.environ['PATH'], 'PYTHONPATH': ROOT},
     capture_output=True,
     text=True,
     timeout=120,
