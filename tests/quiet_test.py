@@ -32,7 +32,11 @@ def run(*arguments, program=('-c', _PROGRAM), path=()):
   """Returns the exit code, output and errors of a program."""
   result = subprocess.run(
     [sys.executable, *program, *arguments],
-    env={**os.environ, 'PYTHONPATH': os.pathsep.join([*path, ROOT])},
+    # Without the levels of messages that our modules set in these tests.
+    env={
+      'PATH': os.environ['PATH'],
+      'PYTHONPATH': os.pathsep.join([*path, ROOT]),
+    },
     capture_output=True,
     text=True,
     timeout=120,
