@@ -90,6 +90,35 @@ def fingerprint(checkpoint):
     return hashlib.sha256(file.read()).hexdigest()
 
 
+def find_description(checkpoint):
+  """Returns the description of a checkpoint's agent, or None without one.
+
+  Args:
+    checkpoint: path of a checkpoint, in the log folder of its training or, as
+      those of its tests are, in the folder test of that.
+
+  Raises:
+    UserError: it can't be read.
+  """
+  folder = os.path.dirname(os.path.abspath(checkpoint))
+  path = os.path.join(folder, _DESCRIPTION)
+  if not os.path.exists(path) and os.path.basename(folder) == 'test':
+    path = os.path.join(os.path.dirname(folder), _DESCRIPTION)
+  try:
+    with open(path, encoding='utf-8') as file:
+      description = json.load(file)
+    description['flags'], description['torso'], description['action_set']
+    description['frame_shape'][2]
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, LookupError, TypeError):
+    raise UserError(
+      f'{path}, the description of the agent, can not be read: bring it back, '
+      'or remove it and give the flags of the training.'
+    ) from None
+  return description
+
+
 def save_description(logdir, spec, torso, flag_values):
   """Saves beside the checkpoints what others need to know of the agent.
 

@@ -19,6 +19,28 @@ def describe_exit(exit_code):
   return f'exit code {exit_code} ({signal.Signals(-exit_code).name})'
 
 
+def explain(error):
+  """Returns the whole message of an error, without what leads to it.
+
+  Args:
+    error: exception. Its text may have a traceback, as those of environment
+      processes, or what TensorFlow adds: where the operation was made, and its
+      node.
+
+  Returns:
+    String, of several lines if the message has several.
+  """
+  # TensorFlow's errors keep theirs in an attribute.
+  text = getattr(error, 'message', None) or str(error)
+  text = re.split(r'\n\s*\[\[\{\{node ', text)[0]
+  text = re.split(r"(?m)^Node: '.*'\n", text)[-1]
+  # The last frame's lines of code are indented, the message is not.
+  frames = re.split(r'(?m)^  File ".*", line \d+.*\n', text)
+  if len(frames) > 1:
+    text = re.sub(r'\A(\s.*\n)+', '', frames[-1])
+  return text.strip().rstrip('.') or type(error).__name__
+
+
 def last_line(error):
   """Returns the last line of an error's message, without what leads to it."""
   # TensorFlow's errors keep theirs in an attribute.

@@ -1,12 +1,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Evaluation: plays the episodes of a test, and keeps what it finds.
+"""Evaluation: plays the episodes of a test, and keeps their results.
 
 In: an actor's graph with the parameters of a checkpoint. Out: `Results`, with a
 table and files; videos. Which episodes are played is fixed beforehand, and each
-has an environment process and seeds of its own. So the number of actors, what
-was played before an interruption, and how long episodes take change nothing.
+has an environment process and seeds of its own. So the results don't depend on
+the number of actors, on interruptions, or on how long episodes take.
 
-`BackgroundTests` has all this done in another process during a training.
+`BackgroundTests` runs tests in another process during a training.
 """
 
 import collections
@@ -15,6 +15,7 @@ import csv
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -32,7 +33,7 @@ from absl import logging
 import actors
 import py_process
 import video
-from errors import describe_exit, last_line
+from errors import UserError, describe_exit, explain
 from scores import human_normalized
 
 # Atari's and DeepMind Lab's own pace: 60 frames per second, 4 to a step.
@@ -42,11 +43,13 @@ _VIDEO_FRAMES_PER_SECOND = 15
 _PACKAGES = (
   'tensorflow',
   'dm-sonnet',
+  'numpy',
   'gymnasium',
   'ale-py',
   'minigrid',
   'opencv-python-headless',
   'vizdoom',
+  'deepmind-lab',
 )
 
 # --- Results ------------------------------------------------------------------
@@ -63,22 +66,30 @@ LevelStatistics = collections.namedtuple(
 )
 
 
-class OtherEvaluation(ValueError):
-  """The files hold the results of another evaluation."""
-
-
 class Results:
   """The episodes of an evaluation by level; for use by many threads.
 
-  Which episodes are counted is fixed beforehand, `num_episodes` of each level:
-  to take those that end first would favour short ones. `path` is that of the
-  files, without extension.
+  Which episodes count is fixed beforehand, `num_episodes` of each level: taking
+  those that end first would favour short ones.
+
+  Each episode is a line of the file <path>.jsonl as soon as it has ended. The
+  first line has the settings and versions. `save` writes <path>.json and
+  <path>.csv, which sum up all episodes. If the program is killed, only the
+  episodes under way are lost.
   """
 
   def __init__(
-    self, path, settings, levels, num_episodes, references, aggregates, facts
+    self,
+    path,
+    settings,
+    levels,
+    num_episodes,
+    references,
+    aggregates,
+    versions,
+    facts,
   ):
-    """Takes up what the files hold already.
+    """Reads the episodes that the files have already.
 
     Args:
       path: of the files, without extension.
@@ -88,35 +99,43 @@ class Results:
       references: dict from level to the (human, random) returns that its score
         is normalised with; levels may be missing.
       aggregates: dict from the name of a suite's score to the function of the
-        returns by level that computes it; empty for what is no suite.
-      facts: dict of what else readers should know, for JSON.
+        returns by level that computes it; empty for a single level.
+      versions: dict from the names of libraries to their versions.
+      facts: dict of what else readers of the JSON file should know.
 
     Raises:
-      OtherEvaluation: they were made with other settings.
+      UserError: they were made with other settings or versions, or can't be
+        read or written.
     """
     self.path = path
     self._settings = settings
     self._num_episodes = num_episodes
     self._references = references
     self._aggregates = aggregates
+    self._versions = versions
     self._facts = facts
     self._lock = threading.Lock()
     self._episodes = {level: {} for level in levels}
     self._missing = {}
-    self._is_saved = False
-    self._load()
+    with _explain_write_errors(path):
+      self._load()
 
   def add(self, level, episode):
-    """Takes an `Episode`."""
+    """Takes an `Episode`, and writes it to the file.
+
+    Raises:
+      UserError: the file can't be written.
+    """
+    line = _json_line({'level': level, **episode._asdict()})
     with self._lock:
+      with _explain_write_errors(self.path), open(self._log, 'ab') as file:
+        file.write(line)
       self._episodes[level][episode.number] = episode
-      self._is_saved = False
 
   def give_up(self, level, reason):
     """Notes why a level can't be evaluated."""
     with self._lock:
       self._missing[level] = reason
-      self._is_saved = False
 
   def has(self, level, number):
     """Returns whether an episode was played."""
@@ -189,11 +208,12 @@ class Results:
     return '\n'.join([text, *lines])
 
   def save(self):
-    """Writes the files, if there is something new."""
+    """Writes the files that sum up the episodes.
+
+    Raises:
+      UserError: they can't be written.
+    """
     with self._lock:
-      if self._is_saved:
-        return
-      self._is_saved = True
       episodes = {
         level: [episodes[number]._asdict() for number in sorted(episodes)]
         for level, episodes in self._episodes.items()
@@ -206,41 +226,121 @@ class Results:
       'scores': self.scores(),
       'levels': rows,
       **self._facts,
+      'versions': self._versions,
       'episodes': episodes,
     }
     # A line for each entry: indentation would take seconds for a whole suite.
-    entries = [f'"{name}": {json.dumps(v)}' for name, v in content.items()]
+    entries = [
+      f'"{name}": {json.dumps(value, allow_nan=False)}'
+      for name, value in content.items()
+    ]
     text = '{\n' + ',\n'.join(entries) + '\n}\n'
-    _write(self.path + '.json', lambda file: file.write(text))
 
     def write_table(file):
       writer = csv.DictWriter(file, LevelStatistics._fields)
       writer.writeheader()
       writer.writerows(rows)
 
-    _write(self.path + '.csv', write_table)
+    with _explain_write_errors(self.path):
+      _write(self.path + '.json', lambda file: file.write(text))
+      _write(self.path + '.csv', write_table)
+
+  @property
+  def _log(self):
+    return self.path + '.jsonl'
 
   def _load(self):
-    try:
-      with open(self.path + '.json') as file:
-        content = json.load(file)
-    except FileNotFoundError:
+    """Takes the episodes in the files, and has the .jsonl file ready."""
+    if os.path.exists(self._log):
+      self._load_log()
       return
-    except ValueError:
-      raise OtherEvaluation(
-        f'{self.path}.json can not be read: move it away to evaluate anew.'
-      ) from None
-    theirs = content['settings']
-    for name, ours in self._settings.items():
-      if theirs.get(name) != ours:
-        raise OtherEvaluation(
-          f'{self.path}.json holds the results of another evaluation: its '
-          f'{name} is {theirs.get(name)!r}, here it is {ours!r}. Move it away '
-          'to evaluate anew.'
+    # Before there were .jsonl files, the .json file had all there was.
+    if os.path.exists(self.path + '.json'):
+      self._load_summary()
+    lines = [{'settings': self._settings, 'versions': self._versions}]
+    lines += [
+      {'level': level, **episode._asdict()}
+      for level, episodes in self._episodes.items()
+      for episode in episodes.values()
+    ]
+    text = b''.join(map(_json_line, lines)).decode()
+    _write(self._log, lambda file: file.write(text))
+
+  def _load_log(self):
+    path = self._log
+    with open(path, 'rb') as file:
+      content = file.read()
+    # The program was killed while it wrote the last line.
+    size = content.rfind(b'\n') + 1
+    with _explain_content_errors(path):
+      header, *lines = map(json.loads, content[:size].splitlines())
+      self._check(path, header)
+      for line in lines:
+        self._take(line.pop('level'), line)
+    if size < len(content):
+      os.truncate(path, size)
+
+  def _load_summary(self):
+    path = self.path + '.json'
+    with open(path) as file, _explain_content_errors(path):
+      content = json.load(file)
+      self._check(path, content)
+      for level, episodes in content['episodes'].items():
+        for episode in episodes:
+          self._take(level, episode)
+
+  def _check(self, path, header):
+    """Raises UserError if a file's settings or versions aren't ours."""
+    versions = header.get('versions', {})
+    pairs = [
+      (name, header['settings'].get(name), ours)
+      for name, ours in self._settings.items()
+    ]
+    # What is installed in one of both places alone isn't used by the level.
+    pairs += [
+      (f'version of {name}', versions[name], ours)
+      for name, ours in self._versions.items()
+      if name in versions
+    ]
+    for name, theirs, ours in pairs:
+      if theirs != ours:
+        raise UserError(
+          f'{path} holds the results of another evaluation: its {name} is '
+          f'{theirs!r}, here it is {ours!r}. Move it away to evaluate anew.'
         )
-    for level, episodes in content['episodes'].items():
-      for episode in episodes:
-        self._episodes[level][episode['number']] = Episode(**episode)
+
+  def _take(self, level, episode):
+    """Takes an episode of a file, a dict."""
+    # Older files may have others. These episodes are played again.
+    if math.isfinite(episode['episode_return']):
+      self._episodes[level][episode['number']] = Episode(**episode)
+
+
+def _json_line(value):
+  return (json.dumps(value, allow_nan=False) + '\n').encode()
+
+
+@contextlib.contextmanager
+def _explain_content_errors(path):
+  """Raises UserError for errors in the content of a results file."""
+  try:
+    yield
+  except (ValueError, LookupError, TypeError, AttributeError):
+    raise UserError(
+      f'{path} can not be read: move it away to evaluate anew.'
+    ) from None
+
+
+@contextlib.contextmanager
+def _explain_write_errors(path):
+  """Raises UserError where the files of results can't be read or written."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'The results {path}.* can not be written ({error.strerror}): mend this; '
+      'the same command plays the missing episodes.'
+    ) from None
 
 
 def _statistics(level, returns, reference, missing):
@@ -267,8 +367,11 @@ def _statistics(level, returns, reference, missing):
 
 def _write(path, write):
   """Writes a file at once: readers see the old or the new content."""
-  temporary = path + '.tmp'
-  with open(temporary, 'w', newline='') as file:
+  temporary = f'{path}.{os.getpid()}.tmp'  # Another program may write it, too.
+  # Reasons may have characters of names of files that aren't text.
+  with open(
+    temporary, 'w', newline='', encoding='utf-8', errors='backslashreplace'
+  ) as file:
     write(file)
   os.replace(temporary, path)
 
@@ -307,10 +410,23 @@ def episode_seeds(game, index, seed):
   return actors.draw_seeds(2, seed, zlib.crc32(name.encode()), number)
 
 
-def versions():
-  """Returns the versions of what decides the course of an episode."""
+def versions(levels):
+  """Returns the versions of what decides the course of an episode.
+
+  Args:
+    levels: list of levels; a name may begin with a module, as in
+      gym:my_levels:MyLevel-v0.
+
+  Returns:
+    Dict from the names of Python and of installed packages to versions.
+  """
+  matches = [re.match(r'gym:(\w+)[\w.]*:', level) for level in levels]
+  modules = {match[1] for match in matches if match}
+  # It takes a second.
+  owners = importlib.metadata.packages_distributions() if modules else {}
+  packages = {name for module in modules for name in owners.get(module, [])}
   found = {'python': platform.python_version()}
-  for name in _PACKAGES:
+  for name in [*_PACKAGES, *sorted(packages.difference(_PACKAGES))]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found
@@ -369,13 +485,14 @@ class TestLoops(tf.train.SessionRunHook):
     self._episodes = collections.deque()
     for episode in range(len(processes)):
       name, number = self._identify(episode)
-      is_seen = results.has(name, number) and (
+      is_done = results.has(name, number) and (
         not self._is_recorded(number) or os.path.exists(video_path(name))
       )
-      if not is_seen and name not in results.missing:
+      if not is_done and name not in results.missing:
         self._episodes.append(episode)
     self.num_workers = min(num_workers, len(self._episodes))
-    # The running processes, which their thread closes or, to wake it, `stop`.
+    # The processes that run. Their threads close them; so does `stop`, as this
+    # ends what the threads wait for.
     self._running = set()
     self._lock = threading.Lock()
     self._threads = []
@@ -452,21 +569,26 @@ class TestLoops(tf.train.SessionRunHook):
         if self.coord.should_stop():
           return
         reason = self._explain(episode, error)
-        logging.warning(
-          '%s, episode %d: %s (attempt %d of %d).',
-          name,
-          number,
-          reason,
-          attempt,
-          self._max_attempts,
-        )
       else:
-        frames = int(info.episode_step) * self._game.settings.num_action_repeats
-        self._results.add(
-          name, Episode(number, float(info.episode_return), frames)
-        )
-        return
+        # The sum of finite rewards may be too large for float32.
+        if np.isfinite(info.episode_return):
+          self._results.add(name, self._episode(number, info))
+          return
+        reason = f'its return is {info.episode_return}'
+      logging.warning(
+        '%s, episode %d: %s (attempt %d of %d).',
+        name,
+        number,
+        reason,
+        attempt,
+        self._max_attempts,
+      )
     self._results.give_up(name, f'{reason} ({self._max_attempts} attempts)')
+
+  def _episode(self, number, info):
+    """Returns the `Episode` with a `StepOutputInfo` at its end."""
+    frames = int(info.episode_step) * self._game.settings.num_action_repeats
+    return Episode(number, float(info.episode_return), frames)
 
   def _run_process(self, episode):
     """Plays an episode in a process that is started for it."""
@@ -479,7 +601,7 @@ class TestLoops(tf.train.SessionRunHook):
     finally:
       with self._lock:
         self._running.discard(process)
-      # Which may take a while: others needn't wait for it.
+      # It may take a while, so the lock isn't held.
       process.close()
 
   def _play(self, episode):
@@ -487,12 +609,19 @@ class TestLoops(tf.train.SessionRunHook):
     name, number = self._identify(episode)
     if not self._is_recorded(number):
       return self._play_to_the_end(episode, self._unroll, lambda unroll: None)
-    with video.record(self._video_path(name), _VIDEO_FRAMES_PER_SECOND) as add:
-      return self._play_to_the_end(
-        episode,
-        self._unroll_for_video,
-        functools.partial(self._add_to_video, add),
-      )
+    path = self._video_path(name)
+    try:
+      with video.record(path, _VIDEO_FRAMES_PER_SECOND) as add:
+        return self._play_to_the_end(
+          episode,
+          self._unroll_for_video,
+          functools.partial(self._add_to_video, add),
+        )
+    except OSError as error:
+      raise UserError(
+        f'The video {path} can not be written ({error.strerror}): make room, '
+        'or give another --video_dir.'
+      ) from None
 
   def _play_to_the_end(self, episode, run, see):
     """Runs unrolls, shows each to `see`, and returns the last info."""
@@ -507,7 +636,7 @@ class TestLoops(tf.train.SessionRunHook):
 
   def _add_to_video(self, add, unroll):
     end = _end(unroll)
-    # The action that answers a frame comes with the next one.
+    # The action that was chosen at a frame is in the next entry.
     for t in range(len(unroll.done) - 1 if end is None else end):
       lines = [
         f'return {unroll.info.episode_return[t]:.2f}',
@@ -515,7 +644,7 @@ class TestLoops(tf.train.SessionRunHook):
       ]
       add(self._picture(unroll.frame[t]), lines)
     if end is not None:
-      # The last frame stays for a second, with what its action brought.
+      # The last frame is shown for a second, with the return after its action.
       lines[0] = f'return {unroll.info.episode_return[end]:.2f}, the end'
       for _ in range(_VIDEO_FRAMES_PER_SECOND):
         add(self._picture(unroll.frame[end - 1]), lines)
@@ -527,23 +656,23 @@ class TestLoops(tf.train.SessionRunHook):
     """Returns why an episode could not be played."""
     if isinstance(error, tf.errors.OpError):
       exit_code = self._processes[episode].exit_code()
-      # One that had not died by itself was told to end by `close`.
+      # It is 0 if `close` ended the process: then the error has the reason.
       if exit_code:
         return f'its process died with {describe_exit(exit_code)}'
-    return last_line(error)
+    return explain(error)
 
 
 def _end(unroll):
   """Returns the index at which a `TestUnroll` ends its episode, or None."""
-  # The first entry was seen as the last of the unroll before.
+  # The first entry is the last one of the unroll before.
   ends = np.flatnonzero(unroll.done[1:])
   return 1 + ends[0] if ends.size else None
 
 
 # --- Test in the background of a training -----------------------------------
 
-# Ends with the process whose id is its first argument, and becomes another
-# program.
+# Runs the Python program in the other arguments, and is killed when the process
+# with the id in its first argument ends.
 _CHILD = (
   'import os, sys, py_process; py_process.die_with(int(sys.argv[1])); '
   'os.execv(sys.executable, [sys.executable, *sys.argv[2:]])'
@@ -553,8 +682,8 @@ _CHILD = (
 class BackgroundTests(tf.train.SessionRunHook):
   """Tests checkpoints in another process while the training goes on.
 
-  The learner's thread saves a checkpoint; `poll`, of the main thread, has it
-  tested. One at a time: while a test is under way, none is begun.
+  The learner's thread saves a checkpoint, and `poll`, which the main thread
+  calls, starts its test. There is one test at a time.
   """
 
   def __init__(self, metrics, logdir, interval_frames, arguments, path_of):
@@ -576,11 +705,11 @@ class BackgroundTests(tf.train.SessionRunHook):
     self._folder = os.path.join(logdir, 'test')
     self._log = os.path.join(self._folder, 'background.log')
     self._next_frames = None
-    self._checkpoint = None  # The one to test, or in test.
+    self._checkpoint = None  # Of the next test, or of that under way.
     self._process = None
 
   def begin(self):
-    # Its own: the training's may delete a checkpoint before it's read.
+    # The training's saver may delete a checkpoint before it is read.
     self._saver = tf.train.Saver(max_to_keep=1)
 
   def after_create_session(self, session, coord):
@@ -614,8 +743,8 @@ class BackgroundTests(tf.train.SessionRunHook):
     if self._process is None or self._process.poll() is None:
       return
     try:
-      # With 1, some levels are missing. Anything else: no test, and a file may
-      # be there from before.
+      # 1 means that levels are missing. Otherwise there was no test; the file,
+      # if there is one, is of an earlier one.
       if self._process.returncode not in (0, 1):
         raise ValueError('The test ended early.')
       frames = int(self._checkpoint.rpartition('-')[2])
@@ -623,7 +752,7 @@ class BackgroundTests(tf.train.SessionRunHook):
     except (OSError, ValueError):
       line = f'The test of {self._checkpoint} failed, see {self._log}.'
     console.print_line(line)
-    # In this order: without a checkpoint, the learner's thread saves another.
+    # Last: as soon as it is None, the learner's thread may save the next one.
     self._process = None
     self._checkpoint = None
 
@@ -658,6 +787,6 @@ class BackgroundTests(tf.train.SessionRunHook):
         env={
           **os.environ,
           'PYTHONPATH': os.pathsep.join(sys.path),
-          'CUDA_VISIBLE_DEVICES': '-1',  # The training has taken it all.
+          'CUDA_VISIBLE_DEVICES': '-1',  # The training uses its whole memory.
         },
       )

@@ -25,6 +25,7 @@ import collections
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -41,6 +42,7 @@ with quiet.start():
 
   import checkpoints
   import cluster
+  import convolution
   import dynamic_batching
   import environments
   import evaluation
@@ -304,6 +306,27 @@ flags.DEFINE_float(
   'Gradients of a larger global norm are scaled down to it; 0 is off.',
   lower_bound=0,
 )
+
+# What an agent's network and inputs depend on: a test can't have other values
+# than the training had.
+_AGENT_FLAGS = ('torso', 'num_action_repeats', 'height', 'width')
+# What a test doesn't take from the training: these flags are of a single run.
+_RUN_FLAGS = (
+  'mode',
+  'logdir',
+  'checkpoint',
+  'job_name',
+  'task',
+  'learner_address',
+  'actor_address',
+  'num_actors',
+  'test_interval_frames',
+  'video_dir',
+  'seed',
+  'precision',
+)
+
+_NUM_ATARI_ACTIONS = 18  # Of the console; most games have fewer of their own.
 
 _NOT_FINITE = 'The loss or its gradient is not finite'
 
@@ -733,8 +756,12 @@ def build_training(agent, queue):
 # --- Building blocks of the runs --------------------------------------------
 
 
-def _choose_game():
-  """Returns the `Game` that the flags ask for."""
+def _choose_game(num_actions=None):
+  """Returns the `Game` that the flags ask for.
+
+  Args:
+    num_actions: int, of the agent that is to play it, if that is known.
+  """
   suite = FLAGS.level_name in levels.SUITES
   settings = environments.Settings(
     height=FLAGS.height if FLAGS['height'].present else None,
@@ -743,8 +770,8 @@ def _choose_game():
     dataset_path=FLAGS.dataset_path,
     level_cache_dir=os.path.expanduser(FLAGS.level_cache_dir),
     is_test=FLAGS.mode == 'test',
-    # One agent plays all levels.
-    full_action_set=suite,
+    # One agent plays all levels, and so plays each alone in the same way.
+    full_action_set=suite or num_actions == _NUM_ATARI_ACTIONS,
   )
   return levels.choose_game(FLAGS.level_name, settings)
 
@@ -835,6 +862,24 @@ def _session_config(num_actors):
   return config
 
 
+def _describe_device(role, only_cpu=False):
+  """Returns a line on what computes the network.
+
+  Args:
+    role: string, what runs it.
+    only_cpu: whether accelerators are not used.
+  """
+  has_gpu = not only_cpu and tf.config.list_physical_devices('GPU')
+  words = [f'{role} on {"GPU:0" if has_gpu else "CPU"}']
+  if FLAGS.torso == 'deep':
+    words.append(
+      'AVX-512 convolutions'
+      if convolution.available(FLAGS.precision)
+      else "TensorFlow's convolutions"
+    )
+  return ', '.join([*words, FLAGS.precision])
+
+
 def _make_folder(flag, path):
   """Makes a folder; raises UserError if it can't be written."""
   try:
@@ -885,6 +930,7 @@ def train():
     tests = _background_tests(metrics)
     close_queue = queue.queue.close(cancel_pending_enqueues=True)
     config = _session_config(FLAGS.num_actors)
+    print_line(_describe_device('learner'))
     try:
       with tf.train.MonitoredTrainingSession(
         master=''
@@ -1086,6 +1132,7 @@ def act():
     )
     config = _session_config(len(processes))
     config.device_count['GPU'] = 0  # Accelerators belong to the learner.
+    print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     try:
       if client.join():
         with tf.train.MonitoredSession(
@@ -1131,7 +1178,12 @@ def test():
   """
   checkpoint = checkpoints.find(FLAGS.logdir, FLAGS.checkpoint)
   shapes, frames = checkpoints.read(checkpoint)
-  game = _choose_game()
+  description = checkpoints.find_description(checkpoint)
+  if description:
+    _take_training_flags(description)
+    game = _choose_game(len(description['action_set']))
+  else:  # A checkpoint of an older version, or copied without it.
+    game = _choose_game()
   with _new_graph(), stop_signals() as signals:
     agent = _new_agent(game)
     # Round after round through the levels.
@@ -1153,6 +1205,7 @@ def test():
       video_path=_video_path(frames),
     )
     if loops.num_workers:
+      print_line(_describe_device('test'))
       with tf.train.MonitoredSession(
         tf.train.ChiefSessionCreator(
           config=_session_config(loops.num_workers),
@@ -1172,6 +1225,39 @@ def test():
     print_line('Interrupted: the same command plays the missing episodes.')
   if not results.is_complete():
     sys.exit(1)
+
+
+def _take_training_flags(description):
+  """Sets the flags that are not given as the training of the agent had them.
+
+  Args:
+    description: of the agent, see `checkpoints.find_description`.
+
+  Raises:
+    UserError: one that is given doesn't fit the agent.
+  """
+  height, width, _ = description['frame_shape']
+  trained = {
+    **description['flags'],
+    'torso': description['torso'],
+    'height': height,
+    'width': width,
+  }
+  for name, value in trained.items():
+    # Another version may have had other flags.
+    if name in _RUN_FLAGS or name not in FLAGS:
+      continue
+    flag = FLAGS[name]
+    if not flag.present:
+      try:
+        flag.parse(value)
+      except flags.Error as error:
+        raise UserError(f'Of the training: {error}') from None
+    elif name in _AGENT_FLAGS and flag.value != value:
+      raise UserError(
+        f'--{name} is {flag.value}, but the agent was trained with {value}: '
+        'leave it out.'
+      )
 
 
 def _results_path(frames):
@@ -1197,27 +1283,25 @@ def _video_path(frames):
 def _open_results(game, checkpoint, frames):
   """Returns the `evaluation.Results` of what the flags ask for."""
   _make_folder('logdir', os.path.dirname(_results_path(frames)))
-  try:
-    results = evaluation.Results(
-      path=_results_path(frames),
-      settings={
-        'level_name': FLAGS.level_name,
-        'checkpoint': os.path.basename(checkpoint),
-        'checkpoint_sha256': checkpoints.fingerprint(checkpoint),
-        'frames': frames,
-        'seed': FLAGS.seed,
-        'num_action_repeats': FLAGS.num_action_repeats,
-        'frame_shape': list(game.spec.frame_shape),
-        'precision': FLAGS.precision,
-      },
-      levels=game.names,
-      num_episodes=FLAGS.test_num_episodes,
-      references=levels.reference_scores(game.names),
-      aggregates=levels.aggregates(FLAGS.level_name),
-      facts={'flags': _flag_values(), 'versions': evaluation.versions()},
-    )
-  except evaluation.OtherEvaluation as error:
-    raise UserError(str(error)) from None
+  results = evaluation.Results(
+    path=_results_path(frames),
+    settings={
+      'level_name': FLAGS.level_name,
+      'checkpoint': os.path.basename(checkpoint),
+      'checkpoint_sha256': checkpoints.fingerprint(checkpoint),
+      'frames': frames,
+      'seed': FLAGS.seed,
+      'num_action_repeats': FLAGS.num_action_repeats,
+      'frame_shape': list(game.spec.frame_shape),
+      'precision': FLAGS.precision,
+    },
+    levels=game.names,
+    num_episodes=FLAGS.test_num_episodes,
+    references=levels.reference_scores(game.names),
+    aggregates=levels.aggregates(FLAGS.level_name),
+    versions=evaluation.versions(game.names),
+    facts={'flags': _flag_values()},
+  )
   for name, reason in game.missing.items():
     results.give_up(name, str(reason))
   return results
@@ -1230,7 +1314,6 @@ def _watch_test(loops, results, signals):
 
   def poll():
     console.progress(results.num_played())
-    results.save()
 
   def report():
     if not console.is_live:
@@ -1254,6 +1337,9 @@ def _has_bfloat16():
 
 def _check_flags():
   """Completes the flags; raises UserError if they make no sense together."""
+  for name, value in _flag_values().items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'--{name}={value}: it must be a finite number.')
   if FLAGS.precision == 'bfloat16' and not _has_bfloat16():
     FLAGS.precision = 'float32'
     print(

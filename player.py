@@ -86,6 +86,9 @@ class Player:
     """
     frame = self._check_frame(frame)
     reward = _check_reward(reward)
+    # Any kind of False and True, but nothing else, and none of many.
+    if np.ndim(done) or done not in (0, 1):
+      raise ValueError(f'done must be a bool, but it is {done!r}.')
     if not isinstance(instruction, (str, bytes)):
       raise ValueError(
         f'The instruction must be a string, but it is {instruction!r}.'
@@ -105,7 +108,10 @@ class Player:
 
   def _check_frame(self, frame):
     """Returns the frame as an array; raises ValueError if it is none."""
-    frame = np.asarray(frame)
+    try:
+      frame = np.asarray(frame)
+    except ValueError:  # Rows of different lengths.
+      frame = np.array(None)
     channels = self.frame_shape[2]
     shape = frame.shape if frame.ndim != 2 else (*frame.shape, 1)
     if (
@@ -139,6 +145,8 @@ def _check_reward(reward):
   is_number = isinstance(reward, (numbers.Real, np.bool_)) or (
     isinstance(reward, np.ndarray) and reward.shape == ()
   )
-  if not is_number or not np.isfinite(reward):
+  with np.errstate(over='ignore'):
+    is_finite = is_number and np.isfinite(np.float32(reward))
+  if not is_finite:
     raise ValueError(f'A reward must be a finite number, but it is {reward!r}.')
   return float(reward)

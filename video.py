@@ -1,5 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Videos of episodes as the agent sees them, with what it thinks of them."""
+"""Videos of episodes as the agent sees them.
+
+In: frames and lines of text. Out: an MP4 file.
+"""
 
 import contextlib
 import os
@@ -29,7 +32,7 @@ def record(path, frames_per_second):
   try:
     with av.open(temporary, 'w', format='mp4') as container:
       stream = container.add_stream('libx264', rate=frames_per_second)
-      stream.pix_fmt = 'yuv420p'  # Which all players know.
+      stream.pix_fmt = 'yuv420p'  # The one format that all players support.
 
       def add(frame, lines):
         picture = draw(frame, lines)
@@ -56,7 +59,7 @@ def draw(frame, lines):
   """
   height, width, _ = frame.shape
   scale = -(-_WIDTH // width)
-  # Whole pixels, so that it's seen how little the agent sees.
+  # Not smoothed: people see the same pixels as the agent.
   picture = cv2.resize(
     np.ascontiguousarray(np.broadcast_to(frame, (height, width, 3))),
     (scale * width, scale * height),

@@ -3,6 +3,9 @@
 
 import os
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,6 +80,163 @@ def test_player_does_what_the_agent_does(tmp_path):
   for path in (str(tmp_path / 'none'), checkpoint + '0', TESTS):
     with pytest.raises(UserError, match='no trained agent'):
       Player(path)
+
+
+# A program of somebody else's, with flags of its own. It says what differs
+# before and after it loads an agent and plays.
+_ABSL_PROGRAM = """
+import os, sys
+from absl import app, flags
+
+def state():
+  fds = {fd: os.readlink(f'/proc/self/fd/{fd}') for fd in ('0', '1', '2')}
+  return dict(os.environ), fds, sorted(flags.FLAGS)
+
+import tensorflow  # Which sets and defines some of its own.
+before = state()
+from player import Player
+assert state() == before, 'the import'
+flags.DEFINE_integer('seed', 5, 'Of this program.')
+flags.DEFINE_string('mode', 'fast', 'Also of this program.')
+
+def main(argv):
+  before = state()
+  import numpy as np
+  with Player(flags.FLAGS.logdir, seed=flags.FLAGS.seed) as player:
+    output = player.step(np.zeros((4, 6, 1), np.uint8))
+  assert state() == before, 'the agent'
+  import keras
+  keras.layers.Dense(3)(np.zeros((1, 2), np.float32))
+  import tensorflow as tf
+  tf.keras.layers.Dense(3)(np.zeros((1, 2), np.float32))
+  print(flags.FLAGS.seed, flags.FLAGS.mode, output.action in (0, 1, 2))
+
+flags.DEFINE_string('logdir', '', 'Of the agent.')
+app.run(main)
+"""
+
+
+def test_program_with_flags_of_its_own_plays(tmp_path):
+  save_trained_agent(tmp_path)
+  result = subprocess.run(
+    [sys.executable, '-c', _ABSL_PROGRAM, '--seed=7', f'--logdir={tmp_path}'],
+    # What our modules set when these tests imported them would hide that they
+    # set it.
+    env={'PATH': os.environ['PATH'], 'PYTHONPATH': ROOT},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert (result.returncode, result.stdout) == (0, '7 fast True\n'), result
+
+
+def test_agent_in_a_folder_that_can_not_be_written(tmp_path):
+  save_trained_agent(tmp_path)
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  prefix = []
+  if os.getuid() == 0:  # Who can write everywhere, unless this is taken away.
+    prefix = ['setpriv', '--bounding-set=-dac_override']
+    if not shutil.which('setpriv'):
+      pytest.skip('Root can write everywhere.')
+  program = (
+    'import sys\n'
+    'import numpy as np\n'
+    'from player import Player\n'
+    'try:\n'
+    '  open(sys.argv[1] + "/file", "w")\n'
+    'except PermissionError:\n'
+    '  frame = np.zeros((4, 6, 1), np.uint8)\n'
+    '  print(Player(sys.argv[1]).step(frame).action in (0, 1, 2))\n'
+  )
+  tmp_path.chmod(0o555)
+  try:
+    result = subprocess.run(
+      [*prefix, sys.executable, '-c', program, str(tmp_path)],
+      env={**os.environ, 'PYTHONPATH': ROOT},
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+  finally:
+    tmp_path.chmod(0o755)
+  assert (result.returncode, result.stdout) == (0, 'True\n'), result
+  assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_player_can_be_closed(tmp_path):
+  save_trained_agent(tmp_path)
+  frame = np.zeros((4, 6, 1), np.uint8)
+  with Player(str(tmp_path)) as player:
+    player.step(frame)
+  with pytest.raises(RuntimeError, match='closed'):
+    player.step(frame)
+  player.close()  # Again.
+
+
+@pytest.mark.parametrize(
+  'frame',
+  [
+    np.zeros((4, 6, 1), np.float32),
+    np.zeros((4, 6, 1), np.int64),
+    np.zeros((4, 6, 3), np.uint8),
+    np.zeros((1, 4, 6, 1), np.uint8),
+    np.zeros((0, 6, 1), np.uint8),
+    np.zeros(6, np.uint8),
+    None,
+    'frame',
+    [[1, 2], [3]],
+  ],
+)
+def test_other_than_a_frame_is_refused(small_player, frame):
+  refuses(small_player, r'A frame must be uint8 \[height, width, 1\]', frame)
+
+
+@pytest.mark.parametrize(
+  'reward',
+  [None, np.nan, np.inf, -np.inf, 'high', [1.0], np.zeros(1), 1j, 1e300],
+)
+def test_other_than_a_reward_is_refused(small_player, reward):
+  frame = np.zeros((4, 6, 1), np.uint8)
+  refuses(small_player, 'A reward must be a finite number', frame, reward)
+
+
+@pytest.mark.parametrize(
+  ('done', 'instruction', 'message'),
+  [
+    (False, None, 'instruction must be a string'),
+    (False, ['go'], 'instruction must be a string'),
+    (np.zeros(2, bool), '', 'done must be a bool'),
+    (None, '', 'done must be a bool'),
+  ],
+)
+def test_other_arguments_are_refused(small_player, done, instruction, message):
+  frame = np.zeros((4, 6, 1), np.uint8)
+  refuses(small_player, message, frame, 0.0, done, instruction)
+
+
+@pytest.mark.parametrize(
+  'reward', [1, 2.5, True, np.float32(1), np.int64(3), np.bool_(0), np.array(1)]
+)
+def test_usual_kinds_of_numbers_are_rewards(small_player, reward):
+  frame = np.zeros((4, 6), np.uint8)
+  assert np.isfinite(small_player.step(frame, reward, np.bool_(0)).baseline)
+
+
+@pytest.fixture(scope='module')
+def small_player(tmp_path_factory):
+  logdir = tmp_path_factory.mktemp('agent')
+  save_trained_agent(logdir)
+  with Player(str(logdir), seed=1) as player:
+    yield player
+
+
+def refuses(player, message, *arguments):
+  """Checks that a step is refused in one sentence, and has no effect."""
+  with pytest.raises(ValueError, match=message) as error:
+    player.step(*arguments)
+  assert '\n' not in str(error.value)
+  output = player.step(np.zeros((4, 6, 1), np.uint8), 0.0, True)
+  assert np.isfinite(output.baseline)
 
 
 def test_readmes_program_with_a_trained_agent_runs(tmp_path, monkeypatch):

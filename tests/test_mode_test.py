@@ -13,11 +13,15 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import checkpoints
+import convolution
 import dmlab30
+import environments
 import evaluation
 import experiment
 import toy_gym
-from helpers import ROOT, TESTS, save_agent
+from errors import UserError
+from helpers import ROOT, TESTS, TOY, Program, run, save_agent, wait_until
 from levels import Game
 
 FLAGS = flags.FLAGS
@@ -51,15 +55,27 @@ def play(logdir, **kwargs):
   return read(logdir)
 
 
+def play_with(*arguments):
+  """Runs the test mode with flags as given on the command line."""
+  with flagsaver.flagsaver():
+    FLAGS(['experiment.py', '--mode=test', *arguments])
+    experiment.test()
+
+
 def read(logdir):
   (path,) = (logdir / 'test').glob('*.json')
-  return json.loads(path.read_text())
+
+  def refuse(name):
+    raise ValueError(f'{name} is no JSON.')
+
+  return json.loads(path.read_text(), parse_constant=refuse)
 
 
 def num_played(logdir):
-  if not list(logdir.glob('test/*.json')):
-    return 0
-  return sum(map(len, read(logdir)['episodes'].values()))
+  """Returns the number of episodes that were written, of a test under way."""
+  logs = list(logdir.glob('test/*.jsonl'))
+  # The first line has the settings.
+  return logs[0].read_bytes().count(b'\n') - 1 if logs else 0
 
 
 def first_lengths(seeds):
@@ -136,6 +152,26 @@ def test_killed_test_goes_on_to_the_same_result(tmp_path):
   )
 
 
+def test_interrupted_test_sums_up_what_was_played(tmp_path):
+  save_agent(tmp_path)
+  arguments = flags_of(tmp_path, test_num_episodes=300).items()
+  program = Program(*(f'--{name}={value}' for name, value in arguments))
+  try:
+    wait_until(
+      lambda: num_played(tmp_path) >= 5 or program.process.poll() is not None
+    )
+    program.process.terminate()
+    assert program.finish() == 1
+  finally:
+    program.process.kill()
+  assert 'Interrupted: the same command' in program.output
+  content = read(tmp_path)
+  assert not content['is_complete']
+  count = num_played(tmp_path)
+  assert len(content['episodes'][LENGTHS]) == count >= 5
+  assert content['levels'][0]['episodes'] == count
+
+
 def test_level_that_keeps_crashing_is_missing(tmp_path, capsys):
   level = 'gym:toy_gym:Dies-v0'
   save_agent(tmp_path)
@@ -145,6 +181,132 @@ def test_level_that_keeps_crashing_is_missing(tmp_path, capsys):
   (row,) = read(tmp_path)['levels']
   assert 'SIGKILL' in row['missing']
   assert '2 attempts' in row['missing']
+  assert row['missing'] in capsys.readouterr().out
+
+
+def describe(logdir, num_actions=3, frame_shape=(4, 6, 1), **flag_values):
+  """Describes an agent as its training does."""
+  values = {'level_name': LENGTHS, 'num_action_repeats': 2, **flag_values}
+  spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
+  checkpoints.save_description(str(logdir), spec, 'shallow', values)
+
+
+def test_test_needs_the_log_folder_alone(tmp_path, monkeypatch):
+  """And ignores what another version of the program had."""
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')
+  checkpoint = save_agent(tmp_path)
+  describe(tmp_path, discounting=0.9, seed=7, num_actors=500, no_flag=1)
+  code, output = run('--mode=test', f'--logdir={tmp_path}')
+  assert code == 0, output
+  assert 'test on CPU, float32\n' in output
+  content = read(tmp_path)
+  assert content['settings']['level_name'] == LENGTHS
+  assert content['settings']['num_action_repeats'] == 2
+  assert content['settings']['frame_shape'] == [4, 6, 1]
+  assert content['settings']['seed'] == 1
+  assert content['flags']['discounting'] == 0.9
+  # The level may be another one; here, of the training's own background tests.
+  (tmp_path / 'test').mkdir(exist_ok=True)
+  for path in tmp_path.glob('model.ckpt-*'):
+    path.rename(tmp_path / 'test' / path.name)
+  checkpoint = tmp_path / 'test' / os.path.basename(checkpoint)
+  play_with(
+    f'--logdir={tmp_path / "other"}',
+    f'--checkpoint={checkpoint}',
+    '--level_name=gym:toy_gym:Grey-v0',
+  )
+  assert (
+    read(tmp_path / 'other')['settings']['level_name'] == 'gym:toy_gym:Grey-v0'
+  )
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--num_action_repeats=1', '--num_action_repeats is 1, .* with 2'),
+    ('--height=5', '--height is 5, .* trained with 4'),
+    ('--torso=deep', '--torso is deep, .* trained with shallow'),
+  ],
+)
+def test_other_inputs_than_the_agents_are_refused(tmp_path, flag, message):
+  save_agent(tmp_path)
+  describe(tmp_path)
+  with pytest.raises(UserError, match=message) as error:
+    play_with(f'--logdir={tmp_path}', flag)
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'test').exists()
+  # The same values may be given.
+  play_with(
+    f'--logdir={tmp_path}',
+    '--num_action_repeats=2',
+    '--height=4',
+    '--torso=shallow',
+    '--test_num_episodes=1',
+  )
+
+
+def test_start_tells_device_and_kernels(tmp_path, monkeypatch):
+  """Where an accelerator is asked for, but can't be used, this is seen."""
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')
+  code, output = run(
+    *TOY,
+    f'--logdir={tmp_path}',
+    '--torso=deep',
+    '--total_environment_frames=10',
+  )
+  assert code == 0, output
+  has_own = convolution.available()
+  kernels = 'AVX-512' if has_own else "TensorFlow's"
+  assert output.startswith(f'learner on CPU, {kernels} convolutions, float32\n')
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_flag_that_is_no_finite_number_is_refused(value):
+  """It could not be written as JSON."""
+  with flagsaver.flagsaver():
+    FLAGS(['experiment.py', f'--entropy_cost={value}'])
+    with pytest.raises(UserError, match=r'entropy_cost=.* finite number'):
+      experiment._check_flags()
+
+
+@pytest.mark.parametrize('text', ['{"flags": ', '{}', '[]', ''])
+def test_damaged_description_gets_one_sentence(tmp_path, text):
+  save_agent(tmp_path)
+  (tmp_path / 'agent.json').write_text(text)
+  with pytest.raises(UserError, match=r'agent\.json, .* can not be read'):
+    play_with(f'--logdir={tmp_path}')
+
+
+def test_agent_of_all_games_plays_one_with_all_actions(tmp_path):
+  """Pong alone has 6 actions; the agent chooses among the console's 18."""
+  pytest.importorskip('ale_py')
+  save_agent(tmp_path, num_actions=18, frame_shape=(84, 84, 4))
+  describe(
+    tmp_path, 18, (84, 84, 4), level_name='atari57', num_action_repeats=4
+  )
+  play_with(
+    f'--logdir={tmp_path}',
+    '--level_name=gym:ALE/Pong-v5',
+    '--test_num_episodes=1',
+  )
+  (row,) = read(tmp_path)['levels']
+  assert -21 <= row['mean'] <= 21
+
+
+@pytest.mark.parametrize('name', ['Huge', 'Nan'])
+def test_episode_without_a_return_is_a_failure(tmp_path, capsys, name):
+  save_agent(tmp_path)
+  with pytest.raises(SystemExit):
+    play(
+      tmp_path,
+      level_name=f'gym:toy_rewards:{name}-v0',
+      max_environment_restarts=1,
+    )
+  (row,) = read(tmp_path)['levels']
+  assert row['episodes'] == 0
+  assert row['mean'] is None
+  assert {'Huge': 'inf', 'Nan': 'nan'}[name] in row['missing']
+  assert row['missing'].endswith('(2 attempts)')
   assert row['missing'] in capsys.readouterr().out
 
 
@@ -201,7 +363,7 @@ def test_suite_with_levels_that_can_not_be_played(tmp_path, capsys):
 )
 def test_impossible_test_gets_one_sentence(tmp_path, kwargs, message):
   save_agent(tmp_path)
-  with pytest.raises(experiment.UserError, match=message) as error:
+  with pytest.raises(UserError, match=message) as error:
     play(tmp_path, **kwargs)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'test').exists()
@@ -212,7 +374,7 @@ def test_chosen_checkpoint_is_tested_and_results_are_told_apart(tmp_path):
   save_agent(tmp_path, step=80)
   content = play(tmp_path, checkpoint=first, test_num_episodes=1)
   assert content['settings']['frames'] == 40
-  with pytest.raises(experiment.UserError, match='num_action_repeats is 1'):
+  with pytest.raises(UserError, match='num_action_repeats is 1'):
     play(tmp_path, checkpoint=first, test_num_episodes=1, num_action_repeats=2)
 
 
@@ -244,10 +406,21 @@ def test_video_shows_the_first_episode_of_a_level(tmp_path):
   assert all(frame[224:].max() > 200 for frame in frames)  # The text.
   assert np.abs(frames[0][224:].astype(int) - frames[9][224:]).max() > 100
 
-  # What was played is not played again, but for a video that is missing.
+  # What was played is not played again, unless its video is missing.
   path.unlink()
   again = play(
     tmp_path, level_name=level, test_num_episodes=2, video_dir=str(videos)
   )
   assert path.exists()
   assert again['episodes'] == content['episodes']
+
+
+def test_video_that_can_not_be_written_gets_one_sentence(tmp_path):
+  """The error of the thread that plays ends the test."""
+  save_agent(tmp_path)
+  videos = tmp_path / 'videos'
+  video = videos / 'gym_toy_gym_Grey-v0-frames40-seed1.mp4'
+  video.mkdir(parents=True)
+  with pytest.raises(UserError, match=r'mp4 can not be written \(Is a dir'):
+    play(tmp_path, level_name='gym:toy_gym:Grey-v0', video_dir=str(videos))
+  assert list(videos.iterdir()) == [video]
