@@ -8,13 +8,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorflow.compat.v1 as tf
+from absl import flags
 
 import checkpoints
+import experiment
 import plot
 from helpers import (
   ROOT,
@@ -30,6 +34,9 @@ from helpers import (
   wait_until,
 )
 from player import Player
+
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS(['train_test'])
 
 
 def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
@@ -195,6 +202,56 @@ def test_second_training_in_a_folder_is_refused_until_the_first_ends(tmp_path):
   )
   assert code == 0, output
   assert not (logdir / 'training.lock').exists()
+
+
+_SERVER = (
+  'import json, sys, tensorflow.compat.v1 as tf; '
+  "tf.train.Server(json.loads(sys.argv[1]), 'other', 0).join()"
+)
+
+
+class Sums:
+  """What `LearnerLoop` needs of `Metrics`."""
+
+  global_step = 0
+
+  def add(self, value):
+    self.global_step = int(value)
+
+
+def free_address():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return f'localhost:{free.getsockname()[1]}'
+
+
+def test_lost_session_ends_the_learner_with_its_error():
+  """A monitored session would silently begin anew in another session."""
+  cluster = {'learner': [free_address()], 'other': [free_address()]}
+  other = subprocess.Popen([sys.executable, '-c', _SERVER, json.dumps(cluster)])
+  try:
+    target = tf.train.Server(cluster, 'learner', 0).target
+    with tf.Graph().as_default():
+      with tf.device('/job:learner'):
+        step = tf.train.get_or_create_global_step()
+      with tf.device('/job:other'):
+        one = tf.size(tf.random.uniform([1]), out_type=tf.int64)
+      update = step.assign_add(one, read_value=True)
+      metrics, coord = Sums(), tf.train.Coordinator()
+      session = tf.train.MonitoredTrainingSession(
+        target, stop_grace_period_secs=1
+      )
+      learner = experiment.LearnerLoop(session, update, metrics, coord)
+      learner.start()
+      wait_until(lambda: metrics.global_step > 10)
+      other.kill()
+      learner.join(timeout=60)
+      assert not learner.is_alive()
+      assert isinstance(learner.error, experiment.SessionLost)
+      assert coord.should_stop()
+  finally:
+    other.kill()
+    other.wait()
 
 
 @pytest.fixture
