@@ -1,26 +1,261 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Checkpoints: finding, reading, checking and describing them.
+"""Checkpoints: saving, finding, reading, checking and describing them.
 
 In: a log folder or the path of a checkpoint. Out: what is in it, or one
-sentence on why it can't be used.
+sentence on why it can't be used. A folder may have any name, and may be copied
+and moved: of the paths in TensorFlow's files, only the last part is used.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import tensorflow.compat.v1 as tf
+from absl import logging
 
 from errors import UserError
 
 # What the agent is made for, beside its checkpoints.
 _DESCRIPTION = 'agent.json'
+# TensorFlow's file with the paths of the last checkpoints.
+_STATE = 'checkpoint'
+
+# What TensorFlow raises where a checkpoint is damaged. An IndexError: a file
+# ends too soon.
+_READ_ERRORS = (tf.errors.OpError, ValueError, IndexError, OSError)
+
+# Flags that say where and how a training runs, not what is trained; and those
+# of the frames, whose shape is compared.
+_UNIMPORTANT_FLAGS = {
+  'actor_address',
+  'checkpoint',
+  'dataset_path',
+  'height',
+  'job_name',
+  'learner_address',
+  'level_cache_dir',
+  'logdir',
+  'max_environment_restarts',
+  'mode',
+  'save_checkpoint_secs',
+  'task',
+  'test_interval_frames',
+  'test_num_episodes',
+  'video_dir',
+  'width',
+}
+
+# --- Saving -----------------------------------------------------------------
+
+
+class Saver(tf.train.Saver):
+  """A `tf.train.Saver` for a folder of any name, on a disk that may be full.
+
+  If a checkpoint can't be saved, this is told, nothing of it is left, and the
+  older ones are kept. `error` says why, until one is saved.
+  """
+
+  def __init__(self, **kwargs):
+    """See `tf.train.Saver`."""
+    super().__init__(save_relative_paths=True, **kwargs)
+    self.error = None
+    self._folder = None
+
+  def save(self, sess, save_path, global_step, **kwargs):
+    """See `tf.train.Saver`; returns None if it can't be saved."""
+    path = f'{save_path}-{global_step}'
+    before = self.last_checkpoints
+    if before and os.path.basename(before[-1]) == os.path.basename(path):
+      # It is there, or was restored: writing it again could only damage it.
+      return path
+    try:
+      super().save(sess, self._plain(save_path), global_step, **kwargs)
+    except (tf.errors.OpError, ValueError, OSError) as error:
+      self.error = f'{path} can not be saved ({_reason(error)})'
+      logging.warning('%s: the older checkpoints are kept.', self.error)
+      with contextlib.suppress(OSError):
+        _remove(self._plain(path))
+      self.recover_last_checkpoints(before)
+      return None
+    self.error = None
+    return path
+
+  def restore(self, sess, save_path):
+    """See `tf.train.Saver`."""
+    with _plain_path(save_path) as path:
+      super().restore(sess, path)
+
+  def recover_last_checkpoints(self, checkpoint_paths):
+    """See `tf.train.Saver`."""
+    paths = [self._plain(path) for path in checkpoint_paths]
+    self.set_last_checkpoints_with_time(
+      [
+        (path, os.path.getmtime(path + '.index'))
+        for path in paths
+        if os.path.exists(path + '.index')
+      ]
+    )
+
+  def _plain(self, path):
+    """Returns a plain path as below, of a file in the folder saved to."""
+    # Open to the end: TensorFlow remembers the paths, to delete the files.
+    if self._folder is None:
+      self._folder = _open_folder(path)
+    return f'/proc/self/fd/{self._folder}/{os.path.basename(path)}'
+
+
+@contextlib.contextmanager
+def _plain_path(path):
+  """Yields a path of a file that has plain characters alone.
+
+  TensorFlow takes the paths of checkpoints for patterns, and would not find
+  those in a folder with [, * or ? in its name.
+  """
+  folder = _open_folder(path)
+  try:
+    yield f'/proc/self/fd/{folder}/{os.path.basename(path)}'
+  finally:
+    os.close(folder)
+
+
+def _open_folder(path):
+  """Returns the descriptor of the folder that a file is in."""
+  return os.open(os.path.dirname(path) or '.', os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _remove(checkpoint):
+  """Removes what is left of a checkpoint that could not be saved."""
+  for path in glob.glob(glob.escape(checkpoint) + '[._]*'):
+    if os.path.isdir(path):
+      shutil.rmtree(path)
+    else:
+      os.remove(path)
+
+
+def _reason(error):
+  """Returns the reason in an error about a file, without the file's path."""
+  if isinstance(error, OSError):
+    return error.strerror
+  text = getattr(error, 'message', None) or str(error) or type(error).__name__
+  # In the midst of what TensorFlow says of the graph.
+  match = re.search(r'^/proc/self/fd/.*; (.+)$', text, re.MULTILINE)
+  return match[1] if match else text.splitlines()[0].rstrip('.')
+
+
+def prepare(logdir, checkpoint):
+  """Has a training go on from a checkpoint in a folder.
+
+  TensorFlow takes the one that its state file names, but this may be damaged,
+  or have the paths of a folder that this one is a copy of.
+
+  Args:
+    logdir: folder of the training.
+    checkpoint: what `latest` returned.
+  """
+  # Of checkpoints that a killed training was about to save.
+  for unfinished in glob.glob(f'{glob.escape(logdir)}/model.ckpt-*_temp'):
+    shutil.rmtree(unfinished, ignore_errors=True)
+  path = os.path.join(logdir, _STATE)
+  if checkpoint is None:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(path)  # It names none.
+    return
+  name = os.path.basename(checkpoint)
+  kept = [
+    other
+    for other in _named(logdir) or _all(logdir)[::-1]
+    if other != name and os.path.exists(os.path.join(logdir, other + '.index'))
+  ]
+  # With an absolute folder, the names stay as they are.
+  state = tf.train.generate_checkpoint_state_proto('/', name, [*kept, name])
+  _write(path, str(state))
+
+
+def _write(path, text):
+  """Writes a file at once: after a crash, it has the old or the new content."""
+  try:
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+      file.write(text)
+    os.replace(path + '.tmp', path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.remove(path + '.tmp')
+    raise
+
+
+# --- Finding and reading ----------------------------------------------------
 
 
 def latest(logdir):
-  """Returns the path of the last checkpoint in a folder, None without."""
-  return tf.train.latest_checkpoint(logdir)
+  """Returns the path of the last complete checkpoint in a folder.
+
+  That is the one that TensorFlow's state file names. If it or this file is
+  damaged, it is the newest complete one, and this is told.
+
+  Returns:
+    None if there are no checkpoints.
+
+  Raises:
+    UserError: none of them is complete.
+  """
+  named, found = _named(logdir), _all(logdir)
+  if not named and not found:
+    return None
+  first = named[-1] if named else None
+  reason = None
+  for name in dict.fromkeys([*named[-1:], *found]):
+    path = os.path.join(logdir, name)
+    try:
+      _read(path)
+    except _READ_ERRORS as error:
+      reason = reason or f'{name}: {_describe_damage(path, error)}'
+      continue
+    if name != first:
+      logging.warning(
+        '%s in %s is damaged or missing: its newest complete checkpoint, %s, '
+        'is used.',
+        f'The checkpoint {first}' if first else 'The file "checkpoint"',
+        logdir,
+        name,
+      )
+    return path
+  raise UserError(
+    f'No checkpoint in {logdir} can be read ({reason}): bring its files back, '
+    'or give another --logdir.'
+  )
+
+
+def _named(logdir):
+  """Returns the names in the state file, the last one last; [] without."""
+  try:
+    with _plain_path(os.path.join(logdir, _STATE)) as path:
+      state = tf.train.get_checkpoint_state(os.path.dirname(path))
+  except (OSError, ValueError):  # A ValueError: it is damaged.
+    state = None
+  if state is None:
+    return []
+  paths = [*state.all_model_checkpoint_paths, state.model_checkpoint_path]
+  # The last one is among them twice.
+  return list(dict.fromkeys(map(os.path.basename, paths[::-1])))[::-1]
+
+
+def _all(logdir):
+  """Returns the names of all checkpoints in a folder, the newest first."""
+  try:
+    files = os.listdir(logdir)
+  except OSError:
+    return []
+  steps = {
+    match[1]: int(match[2])
+    for match in map(re.compile(r'(model\.ckpt-(\d+))\.index').fullmatch, files)
+    if match
+  }
+  return sorted(steps, key=steps.get, reverse=True)
 
 
 def find(logdir, checkpoint):
@@ -53,16 +288,31 @@ def read(checkpoint):
     UserError: it can't be read.
   """
   try:
-    reader = tf.train.load_checkpoint(checkpoint)
-    frames = int(reader.get_tensor('global_step'))
-  # An IndexError: a file ends too soon.
-  except (tf.errors.OpError, ValueError, IndexError) as error:
+    return _read(checkpoint)
+  except _READ_ERRORS as error:
     raise UserError(
       f'The checkpoint {checkpoint} can not be read '
-      f'({str(error).splitlines()[0].rstrip(".")}): give another --logdir, or '
+      f'({_describe_damage(checkpoint, error)}): give another --logdir, or '
       'name an older one in its file "checkpoint" or, to test, by --checkpoint.'
     ) from None
-  return reader.get_variable_to_shape_map(), frames
+
+
+def _read(checkpoint):
+  """As `read`; raises one of `_READ_ERRORS` if anything of it is damaged."""
+  with _plain_path(checkpoint) as path:
+    reader = tf.train.load_checkpoint(path)
+    shapes = reader.get_variable_to_shape_map()
+    # Only this compares the checksums.
+    values = {name: reader.get_tensor(name) for name in shapes}
+  if 'global_step' not in values:
+    raise ValueError('it has no global_step')
+  return shapes, int(values['global_step'])
+
+
+def _describe_damage(checkpoint, error):
+  if not os.path.exists(checkpoint + '.index'):
+    return 'its file .index is missing'
+  return _reason(error)
 
 
 def check_agent(shapes, place):
@@ -134,8 +384,57 @@ def save_description(logdir, spec, torso, flag_values):
     'action_set': np.asarray(spec.action_set).tolist(),
     'flags': flag_values,
   }
-  with open(os.path.join(logdir, _DESCRIPTION), 'w') as file:
-    json.dump(description, file, indent=1)
+  _write(os.path.join(logdir, _DESCRIPTION), json.dumps(description, indent=1))
+
+
+def compare_description(logdir, spec, torso, flag_values):
+  """Compares the settings of a training with those that it had before.
+
+  Args:
+    logdir: folder of the training.
+    spec: `environments.EnvironmentSpec` of what it plays.
+    torso: 'deep' or 'shallow'.
+    flag_values: dict of the training's flags.
+
+  Returns:
+    A list of lines for people: what is different.
+
+  Raises:
+    UserError: it is something that the agent can't bear.
+  """
+  try:
+    description = _load_json(logdir)
+    flags = description['flags']
+    fixed = {
+      'torso (--torso)': (description['torso'], torso),
+      'frame shape (--height, --width)': (
+        description['frame_shape'],
+        list(spec.frame_shape),
+      ),
+      '--num_action_repeats': (
+        flags['num_action_repeats'],
+        flag_values['num_action_repeats'],
+      ),
+    }
+  except (OSError, ValueError, LookupError, TypeError):
+    return []  # It was lost.
+  for name, (theirs, ours) in fixed.items():
+    if theirs != ours:
+      raise UserError(
+        f'The agent in {logdir} was trained with the {name} {theirs}, here it '
+        f'is {ours}: give what it was trained with, or another --logdir.'
+      )
+  changes = [
+    f'--{name} {flags[name]} -> {value}'
+    for name, value in flag_values.items()
+    if name not in _UNIMPORTANT_FLAGS and flags.get(name, value) != value
+  ]
+  return [f'Goes on with other settings: {", ".join(changes)}.'] * bool(changes)
+
+
+def _load_json(folder):
+  with open(os.path.join(folder, _DESCRIPTION), encoding='utf-8') as file:
+    return json.load(file)
 
 
 def load_description(path):
@@ -147,13 +446,16 @@ def load_description(path):
   Raises:
     UserError: there is no agent.
   """
+  path = os.path.expanduser(path)
   is_folder = os.path.isdir(path)
-  folder = path if is_folder else os.path.dirname(path)
   checkpoint = latest(path) if is_folder else path
+  if checkpoint is None:
+    raise UserError(f'{path} holds no trained agent: it has no checkpoint.')
   try:
-    with open(os.path.join(folder, _DESCRIPTION)) as file:
-      description = json.load(file)
-    tf.train.load_variable(checkpoint or folder, 'global_step')
-  except (OSError, ValueError, IndexError, tf.errors.OpError) as error:
-    raise UserError(f'{path} holds no trained agent: {error}') from None
+    _read(checkpoint)
+    description = _load_json(path if is_folder else os.path.dirname(path))
+  except _READ_ERRORS as error:
+    raise UserError(
+      f'{path} holds no trained agent: {_describe_damage(checkpoint, error)}.'
+    ) from None
   return description, checkpoint

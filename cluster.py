@@ -206,7 +206,7 @@ def start_server(learner_address, config):
     ) from None
   host, _, port = learner_address.rpartition(':')
   line = f'Actor tasks can join at {learner_address}.'
-  if host in ('localhost', '127.0.0.1'):
+  if host in ('localhost', '127.0.0.1', '[::1]'):
     shut_out_other_hosts(int(port))
   else:
     line += ' The port is open on all interfaces, and asks for no password.'
@@ -536,7 +536,8 @@ class LearnerClient:
     host, _, port = self._learner_address.rpartition(':')
     try:
       # A session would take all its time to find that nobody listens.
-      socket.create_connection((host, int(port)), timeout=2).close()
+      address = host.strip('[]'), int(port)  # IPv6 is in brackets.
+      socket.create_connection(address, timeout=2).close()
     except OSError:
       return None
     session = tf.Session(

@@ -18,6 +18,15 @@ REPORT_SECONDS = 30  # Between two reports.
 _POLL_SECONDS = 0.5  # Signals are handled between two waits, so: short ones.
 
 
+def prepare_output():
+  """Lets everything be printed, whatever the console's encoding is.
+
+  What it doesn't have, in the name of a folder for example, is escaped.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')
+
+
 def print_line(line):
   """Prints a line; where nobody can read it any more, it is dropped."""
   try:

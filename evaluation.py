@@ -31,6 +31,7 @@ import tensorflow.compat.v1 as tf
 from absl import logging
 
 import actors
+import checkpoints
 import py_process
 import video
 from errors import UserError, describe_exit, explain
@@ -710,7 +711,7 @@ class BackgroundTests(tf.train.SessionRunHook):
 
   def begin(self):
     # The training's saver may delete a checkpoint before it is read.
-    self._saver = tf.train.Saver(max_to_keep=1)
+    self._saver = checkpoints.Saver(max_to_keep=1)
 
   def after_create_session(self, session, coord):
     self._schedule(session.run(tf.train.get_global_step()))
@@ -724,7 +725,9 @@ class BackgroundTests(tf.train.SessionRunHook):
     session = run_context.session
     frames = session.run(tf.train.get_global_step())
     self._schedule(frames)
-    os.makedirs(self._folder, exist_ok=True)
+    # Else the saver tells it.
+    with contextlib.suppress(OSError):
+      os.makedirs(self._folder, exist_ok=True)
     self._checkpoint = self._saver.save(
       session,
       os.path.join(self._folder, 'model.ckpt'),
@@ -736,7 +739,11 @@ class BackgroundTests(tf.train.SessionRunHook):
     """Reports a test that ended, and starts the next one."""
     self.report(console)
     if self._checkpoint and self._process is None:
-      self._start()
+      try:
+        self._start()
+      except OSError as error:
+        console.print_line(f'A test can not be started: {error}.')
+        self._checkpoint = None
 
   def report(self, console):
     """Logs and prints the results of a test if it has ended."""

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -47,12 +48,20 @@ with quiet.start():
   import environments
   import evaluation
   import levels
+  import log_folder
   import py_process
   import vtrace
   from actors import ActorLoops, create_processes, draw_seeds
   from agent import Agent, AgentOutput
-  from console import REPORT_SECONDS, Console, print_line, stop_signals, watch
-  from errors import UserError
+  from console import (
+    REPORT_SECONDS,
+    Console,
+    prepare_output,
+    print_line,
+    stop_signals,
+    watch,
+  )
+  from errors import UserError, last_line
   from metrics import Metrics
   from player import Player
 
@@ -887,10 +896,15 @@ def _make_folder(flag, path):
     with tempfile.TemporaryFile(dir=path):
       pass
   except OSError as error:
-    raise UserError(
-      f'--{flag}={FLAGS[flag].value} can not be written ({error.strerror}): '
-      'give a folder that can.'
-    ) from None
+    raise _not_writable(flag, error) from None
+
+
+def _not_writable(flag, error):
+  """Returns the `UserError` for the `OSError` of a flag's folder."""
+  return UserError(
+    f'--{flag}={FLAGS[flag].value} can not be written ({error.strerror}): '
+    'give a folder that can.'
+  )
 
 
 def _flag_values():
@@ -912,58 +926,121 @@ def train():
     agent = _new_agent(game)
     prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
     actors, update, queue = prepare(game, agent)
-    checkpoint = checkpoints.latest(FLAGS.logdir)
-    if checkpoint:
-      checkpoints.check_agent(checkpoints.read(checkpoint)[0], FLAGS.logdir)
     _make_folder('logdir', FLAGS.logdir)
-    checkpoints.save_description(
-      FLAGS.logdir, game.spec, FLAGS.torso, _flag_values()
-    )
-    metrics = Metrics(
-      FLAGS.logdir,
-      FLAGS.level_name,
-      game.names,
-      actors,
-      _frames_per_update(),
-      FLAGS.num_action_repeats,
-    )
-    tests = _background_tests(metrics)
-    close_queue = queue.queue.close(cancel_pending_enqueues=True)
-    config = _session_config(FLAGS.num_actors)
-    print_line(_describe_device('learner'))
-    try:
-      with tf.train.MonitoredTrainingSession(
-        master=''
-        if FLAGS.task == -1
-        else cluster.start_server(FLAGS.learner_address, config),
-        checkpoint_dir=FLAGS.logdir,
-        save_checkpoint_secs=FLAGS.save_checkpoint_secs,
-        save_summaries_secs=REPORT_SECONDS,
-        save_summaries_steps=None,
-        log_step_count_steps=None,
-        save_graph_def=False,
-        stop_grace_period_secs=5,
-        config=config,
-        hooks=[actors, tests] if FLAGS.test_interval_frames else [actors],
-      ) as session:
-        metrics.global_step = int(
-          actors.session.run(tf.train.get_global_step())
-        )
-        learner = LearnerLoop(session, update, metrics, actors.coord)
-        learner.start()
-        _watch_training(actors, metrics, signals, tests)
-        actors.coord.request_stop()
-        actors.close(learner.error)
-        # Ends all waits for the queue; an update under way is finished.
+    with log_folder.lock(FLAGS.logdir):
+      _prepare_log_folder(game)
+      _run_training(game, actors, update, queue, signals)
+
+
+def _prepare_log_folder(game):
+  """Checks that the training can go on in its folder, and describes it there.
+
+  Raises:
+    UserError: it can't.
+  """
+  logdir, description = FLAGS.logdir, (game.spec, FLAGS.torso, _flag_values())
+  checkpoint = checkpoints.latest(logdir)
+  if checkpoint:
+    checkpoints.check_agent(checkpoints.read(checkpoint)[0], logdir)
+    for line in checkpoints.compare_description(logdir, *description):
+      print_line(line)
+  try:
+    checkpoints.prepare(logdir, checkpoint)
+    checkpoints.save_description(logdir, *description)
+  except OSError as error:
+    raise _not_writable('logdir', error) from None
+
+
+def _run_training(game, actors, update, queue, signals):
+  """Runs the session of a training, and says what came of it."""
+  metrics = Metrics(
+    FLAGS.logdir,
+    FLAGS.level_name,
+    game.names,
+    actors,
+    _frames_per_update(),
+    FLAGS.num_action_repeats,
+  )
+  tests = _background_tests(metrics)
+  saver = checkpoints.Saver(sharded=True, allow_empty=True, defer_build=True)
+  close_queue = queue.queue.close(cancel_pending_enqueues=True)
+  config = _session_config(FLAGS.num_actors)
+  print_line(_describe_device('learner'))
+  try:
+    with tf.train.MonitoredTrainingSession(
+      master=''
+      if FLAGS.task == -1
+      else cluster.start_server(FLAGS.learner_address, config),
+      checkpoint_dir=FLAGS.logdir,
+      scaffold=tf.train.Scaffold(saver=saver),
+      save_checkpoint_secs=FLAGS.save_checkpoint_secs,
+      save_summaries_secs=REPORT_SECONDS,
+      save_summaries_steps=None,
+      log_step_count_steps=None,
+      save_graph_def=False,
+      stop_grace_period_secs=5,
+      config=config,
+      hooks=[actors, tests] if FLAGS.test_interval_frames else [actors],
+    ) as session:
+      metrics.global_step = int(actors.session.run(tf.train.get_global_step()))
+      learner = LearnerLoop(session, update, metrics, actors.coord)
+      learner.start()
+      _watch_training(actors, metrics, signals, tests)
+      actors.coord.request_stop()
+      actors.close(learner.error)
+      # Ends all waits for the queue; an update under way is finished.
+      with contextlib.suppress(*_SESSION_LOST):
         actors.session.run(close_queue)
-        learner.join()
-        # Raised inside of the session's context, it keeps the session from
-        # saving a last checkpoint.
-        if learner.error:
-          raise learner.error
-    finally:
-      tests.close()
-      py_process.close_all(actors.processes)
+      learner.join()
+      # Raised inside of the session's context, it keeps the session from
+      # saving a last checkpoint.
+      if learner.error:
+        raise learner.error
+      if saver.error:
+        # The session saves the last checkpoint, unless it tried just before.
+        saver.save(
+          actors.session,
+          os.path.join(FLAGS.logdir, 'model.ckpt'),
+          metrics.global_step,
+          write_meta_graph=False,
+        )
+    # The session's end keeps some errors of other threads to itself.
+    actors.coord.raise_requested_exception()
+  finally:
+    tests.close()
+    py_process.close_all(actors.processes)
+  _report_end(metrics, learner.num_updates, saver.error)
+
+
+def _report_end(metrics, num_updates, save_error):
+  """Prints what a training has reached, and what can be done next.
+
+  Exits with code 1 if its last checkpoint could not be saved.
+  """
+  if save_error:
+    _exit(f'{save_error}: make room and start the training again.', 1)
+  frames, total = metrics.global_step, FLAGS.total_environment_frames
+  mean_return = metrics.latest_return()
+  if num_updates:
+    line = f'Trained for {frames:,} of {total:,} frames, in this run by '
+    line += f'{num_updates:,} updates; '
+    line += (
+      'no episode ended'
+      if mean_return is None
+      else f'mean return {mean_return:.2f}'
+    )
+  else:
+    line = f'The agent was trained for {frames:,} of {total:,} frames before'
+  goes_on = (
+    'to train on, give a higher --total_environment_frames'
+    if frames >= total
+    else 'the same command trains on'
+  )
+  script, logdir = map(shlex.quote, (sys.argv[0], FLAGS.logdir))
+  print_line(
+    f'{line}. Checkpoint: {checkpoints.latest(FLAGS.logdir)}. Next: {goes_on}; '
+    f'to test, python {script} --mode=test --logdir={logdir}'
+  )
 
 
 def _prepare_alone(game, agent):
@@ -1024,6 +1101,14 @@ def _task_requirements(game):
   )
 
 
+# The errors after which a monitored session makes a new session.
+_SESSION_LOST = (tf.errors.AbortedError, tf.errors.UnavailableError)
+
+
+class SessionLost(Exception):
+  """The session of a training can't be used any more."""
+
+
 class LearnerLoop(threading.Thread):
   """Runs updates until the last frame, or until a stop is requested.
 
@@ -1036,6 +1121,7 @@ class LearnerLoop(threading.Thread):
     self._update = update
     self._metrics = metrics
     self._coord = coord
+    self.num_updates = 0
     self.error = None
 
   def run(self):
@@ -1046,13 +1132,22 @@ class LearnerLoop(threading.Thread):
           not self._coord.should_stop()
           and self._metrics.global_step < FLAGS.total_environment_frames
         ):
-          self._metrics.add(self._session.run(self._update))
+          self._metrics.add(self._session.run_step_fn(self._run_update))
+          self.num_updates += 1
     except Exception as error:
       # The end of the queue, or of the session, isn't the learner's error.
       if not self._coord.should_stop():
         self.error = error
     finally:
       self._coord.request_stop()
+
+  def _run_update(self, step_context):
+    try:
+      return step_context.run_with_hooks(self._update)
+    except _SESSION_LOST as error:
+      # The monitored session would go on with a new session, unknown to the
+      # threads of this one.
+      raise SessionLost(last_line(error)) from error
 
 
 def _watch_training(actors, metrics, signals, tests):
@@ -1208,6 +1303,7 @@ def test():
       print_line(_describe_device('test'))
       with tf.train.MonitoredSession(
         tf.train.ChiefSessionCreator(
+          scaffold=tf.train.Scaffold(saver=checkpoints.Saver(allow_empty=True)),
           config=_session_config(loops.num_workers),
           checkpoint_filename_with_path=checkpoint,
         ),
@@ -1335,8 +1431,27 @@ def _has_bfloat16():
     return False
 
 
+def _expand_paths():
+  """Expands a ~ that the shell left alone in the flags with paths.
+
+  Raises:
+    UserError: TensorFlow can't use the log folder's name.
+  """
+  for name in ('logdir', 'checkpoint', 'video_dir', 'dataset_path'):
+    FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
+  for name in ('logdir', 'checkpoint'):
+    path = FLAGS[name].value
+    # TensorFlow writes the names of files in UTF-8, whatever the locale is.
+    if os.fsencode(path) != path.encode('utf-8', 'replace'):
+      raise UserError(
+        f'--{name}={path} is not UTF-8 in this locale: give another name, or '
+        'set LC_ALL=C.UTF-8.'
+      )
+
+
 def _check_flags():
   """Completes the flags; raises UserError if they make no sense together."""
+  _expand_paths()
   for name, value in _flag_values().items():
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f'--{name}={value}: it must be a finite number.')
@@ -1355,7 +1470,7 @@ def _check_flags():
     if FLAGS.task != -1:
       raise UserError('--task is for training: a test runs on one machine.')
     return
-  if 'TF_CONFIG' in os.environ:
+  if os.environ.get('TF_CONFIG'):
     _take_tf_config(os.environ['TF_CONFIG'])
   if FLAGS.task == -1 and (
     FLAGS['job_name'].present or FLAGS.job_name == 'actor'
@@ -1373,7 +1488,9 @@ def _check_flags():
     FLAGS.actor_address = f'localhost:{8001 + FLAGS.task}'
   for name in ('learner_address', 'actor_address'):
     address = FLAGS[name].value
-    match = re.fullmatch(r'[^\s\[\]]+:([0-9]{1,5})', str(address))
+    match = re.fullmatch(
+      r'(?:[^\s\[\]:]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})', str(address)
+    )
     if not match or int(match[1]) > 65535:
       raise UserError(f'--{name}={address} is no host:port.')
 
@@ -1430,6 +1547,9 @@ def _limit_arenas():
 
 
 def main(_):
+  prepare_output()
+  # For modules with environments; last, as its files may be named as ours.
+  sys.path.append(os.getcwd())
   _limit_arenas()
   tf.logging.set_verbosity(
     tf.logging.INFO if FLAGS.verbosity > 0 else tf.logging.ERROR
@@ -1445,6 +1565,12 @@ def main(_):
     _exit(error, 2)
   except py_process.ProcessError as error:
     _exit(error, 1)
+  except (SessionLost, *_SESSION_LOST) as error:
+    _exit(
+      f"TensorFlow's session was lost ({last_line(error)}): training stops. "
+      f'Started again, it goes on from the last checkpoint in {FLAGS.logdir}.',
+      1,
+    )
   except tf.errors.InvalidArgumentError as error:
     if _NOT_FINITE not in str(error):
       raise
@@ -1456,7 +1582,8 @@ def main(_):
 
 
 def _exit(error, code):
-  print(f'experiment.py: {error}', file=sys.stderr)
+  with contextlib.suppress(OSError):  # Nobody may be there to read it.
+    print(f'experiment.py: {error}', file=sys.stderr)
   sys.exit(code)
 
 

@@ -15,6 +15,8 @@ import six
 import tensorflow.compat.v1 as tf
 
 import levels
+import log_folder
+import private_apis
 
 _EPISODES = 100  # Episodes per level in the averages of the reports.
 
@@ -41,7 +43,10 @@ class Metrics:
       frames_per_update: int, environment frames of a batch.
       num_action_repeats: int, environment frames per agent step.
     """
-    self._writer = tf.summary.FileWriterCache.get(logdir)
+    self._writer = tf.summary.FileWriter(logdir)
+    self._writer.event_writer = log_folder.EventWriter(logdir)
+    # For the session's hooks, too.
+    private_apis.cache_summary_writer(logdir, self._writer)
     self._level_name = level_name
     self._num_levels = len(level_names)
     self._aggregates = levels.aggregates(level_name)

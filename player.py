@@ -50,7 +50,7 @@ class Player:
       )
       self._build(agent)
       self._session = tf.Session()
-      tf.train.Saver().restore(self._session, checkpoint)
+      checkpoints.Saver().restore(self._session, checkpoint)
       self._run = self._session.make_callable(
         (self._output, self._next_state), self._inputs
       )

@@ -26,6 +26,15 @@ def replace_control_inputs(op, control_inputs):
   op._add_control_inputs(control_inputs)
 
 
+def cache_summary_writer(logdir, writer):
+  """Makes `tf.summary.FileWriterCache.get` return a writer for a folder.
+
+  Uses `tf.summary.FileWriterCache._cache` and `_lock`.
+  """
+  with tf.summary.FileWriterCache._lock:
+    tf.summary.FileWriterCache._cache[logdir] = writer
+
+
 def wrap_session_run(session, wrap):
   """Has every run of a `tf.Session` go through a function.
 

@@ -3,7 +3,9 @@
 
 import contextlib
 import glob
+import hashlib
 import os
+import pathlib
 import queue
 import re
 import subprocess
@@ -35,7 +37,9 @@ TOY = [
 class Program:
   """A run of experiment.py, whose lines can be waited for."""
 
-  def __init__(self, *flags, root=ROOT, path=TESTS, prefix=()):
+  def __init__(
+    self, *flags, root=ROOT, path=TESTS, prefix=(), cwd=None, env=()
+  ):
     self.process = subprocess.Popen(
       [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
       stdout=subprocess.PIPE,
@@ -43,7 +47,8 @@ class Program:
       stdin=subprocess.DEVNULL,
       text=True,
       start_new_session=True,
-      env={**os.environ, 'PYTHONPATH': path},
+      cwd=cwd,
+      env={**os.environ, 'PYTHONPATH': path, **dict(env)},
     )
     self.output = ''
     self._lines = queue.Queue()
@@ -129,6 +134,15 @@ def descendants(pid):
     found += below
     todo += below
   return found
+
+
+def hashes(folder):
+  """Returns a dict from the files below a folder to their content's hashes."""
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in pathlib.Path(folder).rglob('*')
+    if path.is_file()
+  }
 
 
 def alive(pid):
