@@ -10,40 +10,30 @@ rounding. It is for graphs, not for eager execution.
 
 import ctypes
 import functools
-import logging
-import os
+import re
 
 import tensorflow.compat.v1 as tf
 
-_LIBRARY = os.path.join(
-  os.path.dirname(os.path.abspath(__file__)), 'convolution_ops.so'
-)
-_CHANNELS = (16, 32)
-# Pictures are grey, in colours, or the last four of Atari.
-_IN_CHANNELS = {tf.float32: _CHANNELS, tf.uint8: (1, 3, 4)}
+import native
+
+# Before and after the first convolution of the network's sections. Pictures are
+# grey, in colours, or the last four of Atari.
+_CHANNELS = {
+  tf.uint8: {(1, 16), (3, 16), (4, 16)},
+  tf.float32: {(16, 16), (16, 32), (32, 32)},
+}
 
 
-@functools.cache
 def _library():
-  """Loads the operations; None, after one warning, if they aren't built.
+  """Returns the `native.Library` of the operations; None if it isn't built.
 
   Raises:
-    ImportError: they exist, but don't fit this TensorFlow.
+    ImportError: it is there, but doesn't load.
   """
-  if not os.path.exists(_LIBRARY):
-    logging.getLogger(__name__).warning(
-      'convolution_ops.so is not built: on a processor with AVX-512, '
-      'convolutions take about twice as long. Run "make ops" to build it.'
-    )
-    return None
-  try:
-    return tf.load_op_library(_LIBRARY)
-  except tf.errors.OpError as error:
-    raise ImportError(
-      f'{_LIBRARY} does not load, most likely because it was built for '
-      f'another TensorFlow ({error.message}). Run "make clean ops" to rebuild '
-      'it.'
-    ) from error
+  return native.load_library(
+    'convolution_ops',
+    'on a processor with AVX-512, convolutions take about twice as long',
+  )
 
 
 @functools.cache
@@ -55,10 +45,34 @@ def available(precision='float32'):
   """
   if tf.config.list_physical_devices('GPU') or _library() is None:
     return False
-  supported = ctypes.CDLL(_LIBRARY).ImpalaConvolutionSupported
-  supported.argtypes = [ctypes.c_bool]
-  supported.restype = ctypes.c_bool
+  supported = _library().function(
+    'ImpalaConvolutionSupported', ctypes.c_bool, ctypes.c_bool
+  )
   return supported(precision == 'bfloat16')
+
+
+@functools.cache
+def has_bfloat16():
+  """Returns whether the processor has instructions for bfloat16 (x86 alone)."""
+  if _library() is not None:
+    return _library().function('ImpalaHasBfloat16', ctypes.c_bool)()
+  try:
+    with open('/proc/cpuinfo') as file:
+      return re.search(r'\bavx512_bf16\b', file.read()) is not None
+  except OSError:  # Another system than Linux.
+    return False
+
+
+def kernels(precision='float32'):
+  """Returns what convolves in sections of the network, in words for a user.
+
+  Args:
+    precision: 'float32' or 'bfloat16'.
+  """
+  if not available(precision):
+    return "TensorFlow's convolutions"
+  bfloat16 = ' BF16' if precision == 'bfloat16' else ''
+  return f'AVX-512{bfloat16} convolutions'
 
 
 def section(frames, weights, biases, precision='float32', by_tensorflow=False):
@@ -83,7 +97,7 @@ def section(frames, weights, biases, precision='float32', by_tensorflow=False):
   """
   if by_tensorflow or not _is_supported(frames, weights, precision):
     return _section_by_tensorflow(frames, weights, biases)
-  outputs = _library().torso_section(
+  outputs = _library().ops.torso_section(
     frames, weights, biases, precision=tf.as_dtype(precision)
   )
   return outputs.activations[-1]
@@ -96,8 +110,7 @@ def _is_supported(frames, weights, precision):
   return (
     available(precision)
     and size == [3, 3]
-    and in_channels in _IN_CHANNELS[frames.dtype]
-    and out_channels in _CHANNELS
+    and (in_channels, out_channels) in _CHANNELS[frames.dtype]
     and all(other == [*size, out_channels, out_channels] for other in others)
   )
 
@@ -126,7 +139,7 @@ def _section_gradient(op, *gradients):
   frames, weights = op.inputs[0], op.inputs[1 : 1 + count]
   *activations, places = op.outputs
   gradient = gradients[count - 1]  # The others are only for what follows here.
-  results = _library().torso_section_gradient(
+  results = _library().ops.torso_section_gradient(
     *(gradient, frames, weights, activations, places),
     num_frames_gradients=1 if frames.dtype == tf.float32 else 0,
     precision=op.get_attr('precision'),

@@ -29,12 +29,37 @@
 // don't depend on the number of threads, so neither does the result. Pictures
 // of 1, 3 or 4 channels are convolved pixel by pixel.
 
-#if defined(__x86_64__) && !defined(__clang__)  // Clang has no `pragma target`.
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+// Since then, compilers compare, choose and convert vectors as they do numbers.
+#if !defined(__x86_64__)
+#elif defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 9
+#define IMPALA_AVX512
+#else
+#warning "This compiler is too old for AVX-512: TensorFlow will convolve."
+#endif
+
+// Returns whether the processor has instructions for bfloat16.
+extern "C" bool ImpalaHasBfloat16() {
+#ifdef __x86_64__
+  // Compilers know `avx512bf16` by name only since they have its instructions.
+  constexpr unsigned int kBit = 1u << 5;  // Of CPUID.(7, 1):EAX.
+  unsigned int eax, ebx, ecx, edx;
+  return __builtin_cpu_supports("avx512f") &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kBit) != 0;
+#else
+  return false;
+#endif
+}
+
+#ifdef IMPALA_AVX512
 
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstdio>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -64,7 +89,7 @@ constexpr int64_t kChunks = 64;                  // At most.
 constexpr int kPixels = 12;                      // Convolved at once.
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 // The same somewhere in memory.
 typedef float Unaligned
@@ -140,8 +165,20 @@ struct Epilogue {
 // The only functions with such instructions: no code that runs while the
 // library is loaded may have them. Those for bfloat16 are where it is asked
 // for.
+#if defined(__clang__)
+#define IMPALA_BFLOAT16
+#pragma clang attribute push(                                        \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#elif __GNUC__ >= 10
+#define IMPALA_BFLOAT16
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
+#else
+#warning "This compiler is too old for AVX-512 BF16: float32 alone is built."
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl")
+#endif
 
 // Two ones of bfloat16 as a float.
 constexpr float kPairOfOnes = 0x1.007fp0f;
@@ -155,12 +192,28 @@ inline void Store(float* place, Vector value) {
 }
 
 inline void Stream(float* place, Vector value) {
-  __builtin_ia32_movntps512(place, value);
+  _mm512_stream_ps(place, value);
 }
+
+#ifdef IMPALA_BFLOAT16
+constexpr bool kHasBfloat16 = true;
 
 inline Halves ToBfloat16(Vector value) {
   return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(value));
 }
+
+// Adds the products of pairs of numbers.
+inline Vector AddPairs(Vector sum, Vector pairs, Vector others) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pairs),
+                          reinterpret_cast<__m512bh>(others));
+}
+#else
+constexpr bool kHasBfloat16 = false;
+
+// For the compiler alone: nothing calls them.
+[[maybe_unused]] Halves ToBfloat16(Vector value);
+[[maybe_unused]] Vector AddPairs(Vector sum, Vector pairs, Vector others);
+#endif
 
 // Rounds to bfloat16.
 inline void Store(uint16_t* place, Vector value) {
@@ -183,9 +236,7 @@ inline Vector Pairs(Vector first, Vector second) {
 template <bool kBfloat16>
 inline Vector AddProduct(Vector sum, float factor, Vector factors) {
   if constexpr (kBfloat16) {
-    return _mm512_dpbf16_ps(sum,
-                            reinterpret_cast<__m512bh>(_mm512_set1_ps(factor)),
-                            reinterpret_cast<__m512bh>(factors));
+    return AddPairs(sum, _mm512_set1_ps(factor), factors);
   } else {
     return sum + factor * factors;
   }
@@ -332,7 +383,7 @@ void TransformInputs(const Pictures& pictures, const float* input, Tile tile,
   const int64_t line = pictures.width * kIn;
   for (int t = 0; t < count; ++t, tile.Next()) {
     // From one pixel left of and above the tile's outputs.
-    const float* first = input + (tile.pixel() - pictures.width - 1) * kIn;
+    const int64_t first = (tile.pixel() - pictures.width - 1) * kIn;
     const int64_t y = tile.y() - 1, x = tile.x() - 1;
     const bool inside = y >= 0 && x >= 0 && y + kInputs <= pictures.height &&
                         x + kInputs <= pictures.width;
@@ -342,7 +393,7 @@ void TransformInputs(const Pictures& pictures, const float* input, Tile tile,
             transformed + (kInputs * i + j) * kBlock * kStride, t, in, value);
       };
       const auto read = [=](int i, int j) {
-        const Vector value = Load(first + i * line + j * kIn + in);
+        const Vector value = Load(input + (first + i * line + j * kIn + in));
         return kRelu ? Relu(value) : value;
       };
       if (inside) {
@@ -840,30 +891,20 @@ void PoolGradient(const Pictures& picture, const float* gradient,
   }
 }
 
-// Uninitialized memory for vectors.
+// Uninitialized memory for vectors. There may be none left.
 class Buffer {
  public:
   explicit Buffer(int64_t size)
       : data_(static_cast<float*>(
-                  aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64)),
-              &free) {
-    if (data_ == nullptr) {
-      fputs("No memory left for a convolution.\n", stderr);
-      abort();
-    }
-  }
+                  aligned_alloc(64, (size * sizeof(float) / 64 + 1) * 64)),
+              &free) {}
 
+  explicit operator bool() const { return data_ != nullptr; }
   float* get() const { return data_.get(); }
 
  private:
   std::unique_ptr<float, decltype(&free)> data_;
 };
-
-Buffer Zeros(int64_t size) {
-  Buffer buffer(size);
-  memset(buffer.get(), 0, size * sizeof(float));
-  return buffer;
-}
 
 // A convolution, a pool and then pairs of convolutions, of ReLUs, which with
 // what comes before them added are residual blocks.
@@ -903,9 +944,9 @@ int64_t Place(int convolution, int extra_rows) {
 
 // Sends pictures `begin` to `end` through it. What comes out of each
 // convolution, or the pool, goes to `activations`, and which pixels it took to
-// `places`; null for what nobody needs.
+// `places`; null for what nobody needs. Returns whether the memory sufficed.
 template <int kIn, int kOut, bool kBfloat16>
-void Compute(const Section& section, const std::vector<const float*>& biases,
+bool Compute(const Section& section, const std::vector<const float*>& biases,
              int64_t begin, int64_t end, const std::vector<float*>& activations,
              uint8_t* places) {
   const Pictures picture = section.picture();
@@ -919,11 +960,16 @@ void Compute(const Section& section, const std::vector<const float*>& biases,
   const auto line = [&](int64_t y) {
     return convolved.get() + y % lines * picture.width * kOut;
   };
-  const Buffer padded = Zeros(PaddedSize<kIn>(picture));
+  const Buffer padded(PaddedSize<kIn>(picture));
   // Of the last three, as a block's input is added to its output.
   const Buffer buffers[3] = {Buffer(step * pooled), Buffer(step * pooled),
                              Buffer(step * pooled)};
-  std::vector<uint8_t> unneeded(places == nullptr ? pooled : 0);
+  const Buffer unneeded(places == nullptr ? pooled / sizeof(float) : 0);
+  if (!convolved || !padded || !buffers[0] || !buffers[1] || !buffers[2] ||
+      !unneeded) {
+    return false;
+  }
+  memset(padded.get(), 0, PaddedSize<kIn>(picture) * sizeof(float));
   for (; begin < end; begin += step) {
     const int64_t count = std::min(step, end - begin);
     const int64_t first = begin * pooled;
@@ -954,10 +1000,11 @@ void Compute(const Section& section, const std::vector<const float*>& biases,
         }
         return line(y);
       };
-      PoolPicture<kOut>(
-          picture, convolved_line, output(0) + i * pooled,
-          copy(0) == nullptr ? nullptr : copy(0) + i * pooled,
-          places == nullptr ? unneeded.data() : places + first + i * pooled);
+      PoolPicture<kOut>(picture, convolved_line, output(0) + i * pooled,
+                        copy(0) == nullptr ? nullptr : copy(0) + i * pooled,
+                        places == nullptr
+                            ? reinterpret_cast<uint8_t*>(unneeded.get())
+                            : places + first + i * pooled);
     }
     for (int c = 1; c < section.num_convolutions; ++c) {
       const float* residual = c % 2 == 0 ? output(c - 2) : nullptr;
@@ -968,14 +1015,15 @@ void Compute(const Section& section, const std::vector<const float*>& biases,
     }
   }
   _mm_sfence();  // After what was written past the caches.
+  return true;
 }
 
 // Given the gradient of what came out, adds what pictures `begin` to `end`
 // contribute to the gradients of all filters, transformed, and biases, and
 // computes the gradient of the frames, unless they have few channels. Filters
-// are prepared from those turned around.
+// are prepared from those turned around. Returns whether the memory sufficed.
 template <int kIn, int kOut, bool kBfloat16>
-void Differentiate(const Section& section,
+bool Differentiate(const Section& section,
                    const std::vector<const float*>& activations,
                    const uint8_t* places, const float* gradient, int64_t begin,
                    int64_t end, float* frames_gradient, float* sums) {
@@ -985,7 +1033,9 @@ void Differentiate(const Section& section,
   const Buffer before(step * pooled), between(step * pooled);
   const int64_t line = picture.width * kOut;
   const Buffer convolved(kIn % kLanes == 0 ? picture.height * line : line);
-  const Buffer padded = Zeros(PaddedSize<kIn>(picture));
+  const Buffer padded(PaddedSize<kIn>(picture));
+  if (!before || !between || !convolved || !padded) return false;
+  memset(padded.get(), 0, PaddedSize<kIn>(picture) * sizeof(float));
   for (; begin < end; begin += step) {
     const int64_t count = std::min(step, end - begin);
     const int64_t first = begin * pooled;
@@ -1026,9 +1076,14 @@ void Differentiate(const Section& section,
       }
     }
   }
+  return true;
 }
 
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 using tensorflow::OpInputList;
 using tensorflow::OpKernel;
@@ -1045,7 +1100,7 @@ bool Supported(bool bfloat16) {
   return __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") &&
-         (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
+         (!bfloat16 || (kHasBfloat16 && ImpalaHasBfloat16()));
 }
 
 // The functions for some numbers of channels.
@@ -1064,20 +1119,21 @@ struct Functions {
 
 template <int kIn, int kOut>
 constexpr Functions For() {
-  return {kIn,
-          kOut,
-          Rows<kIn>(),
-          {Prepare<kIn, kOut, false>, Prepare<kIn, kOut, true>},
-          {PrepareTurned<kIn, kOut, false>, PrepareTurned<kIn, kOut, true>},
-          {Compute<kIn, kOut, false>, Compute<kIn, kOut, true>},
-          {Differentiate<kIn, kOut, false>, Differentiate<kIn, kOut, true>},
-          FinishGradient<kIn, kOut>};
+  return {
+      kIn,
+      kOut,
+      Rows<kIn>(),
+      {Prepare<kIn, kOut, false>, Prepare<kIn, kOut, kHasBfloat16>},
+      {PrepareTurned<kIn, kOut, false>, PrepareTurned<kIn, kOut, kHasBfloat16>},
+      {Compute<kIn, kOut, false>, Compute<kIn, kOut, kHasBfloat16>},
+      {Differentiate<kIn, kOut, false>, Differentiate<kIn, kOut, kHasBfloat16>},
+      FinishGradient<kIn, kOut>};
 }
 
-// Pictures have 1, 3 or 4 channels.
-constexpr Functions kFunctions[] = {
-    For<1, 16>(), For<3, 16>(), For<4, 16>(), For<16, 16>(), For<32, 16>(),
-    For<1, 32>(), For<3, 32>(), For<4, 32>(), For<16, 32>(), For<32, 32>()};
+// Those of the network's sections. Pictures have 1, 3 or 4 channels.
+constexpr Functions kFunctions[] = {For<1, 16>(),  For<3, 16>(),
+                                    For<4, 16>(),  For<16, 16>(),
+                                    For<16, 32>(), For<32, 32>()};
 
 // Finds them; null if there are none.
 const Functions* Find(int64_t in, int64_t out) {
@@ -1102,8 +1158,8 @@ absl::Status Check(const Tensor& frames, const OpInputList& filters,
   if (*functions == nullptr || filter.dim_size(0) != 3 ||
       filter.dim_size(1) != 3) {
     return errors::InvalidArgument(
-        "A filter is [3, 3, in, out], with out 16 or 32 and in 1, 3, 4, 16 or "
-        "32; not ",
+        "A filter is [3, 3, in, out], of 1, 3, 4 or 16 channels to 16, or of "
+        "16 or 32 to 32; not ",
         filter.shape().DebugString());
   }
   const int in = (*functions)->in, out = (*functions)->out;
@@ -1140,12 +1196,19 @@ int64_t Cycles(const Section& section, const Functions& functions) {
   return pixels * 9 * functions.out / kLanes / 2;
 }
 
-// Calls work(begin, end) for parts of 0 to `total`, in TensorFlow's threads.
+// Calls work(begin, end) for parts of 0 to `total`, in TensorFlow's threads. It
+// returns whether the memory sufficed.
 template <typename Work>
-void Divide(OpKernelContext* context, int64_t total, int64_t cycles,
-            const Work& work) {
+absl::Status Divide(OpKernelContext* context, int64_t total, int64_t cycles,
+                    const Work& work) {
+  std::atomic<bool> sufficed = true;
   const auto& threads = *context->device()->tensorflow_cpu_worker_threads();
-  tensorflow::Shard(threads.num_threads, threads.workers, total, cycles, work);
+  tensorflow::Shard(threads.num_threads, threads.workers, total, cycles,
+                    [&](int64_t begin, int64_t end) {
+                      if (!work(begin, end)) sufficed = false;
+                    });
+  if (sufficed) return absl::OkStatus();
+  return errors::ResourceExhausted("No memory is left for a convolution.");
 }
 
 float* Floats(Tensor* tensor) { return tensor->flat<float>().data(); }
@@ -1249,11 +1312,13 @@ class TorsoSection : public Kernel {
         places = output->flat<uint8_t>().data();
       }
     }
-    Divide(context, frames.dim_size(0), Cycles(section, *functions),
-           [&](int64_t begin, int64_t end) {
-             functions->compute[bfloat16_](section, Floats(biases), begin, end,
-                                           activations, places);
-           });
+    OP_REQUIRES_OK(
+        context,
+        Divide(context, frames.dim_size(0), Cycles(section, *functions),
+               [&](int64_t begin, int64_t end) {
+                 return functions->compute[bfloat16_](
+                     section, Floats(biases), begin, end, activations, places);
+               }));
   }
 };
 
@@ -1296,22 +1361,27 @@ class TorsoSectionGradient : public Kernel {
     const int64_t images = frames.dim_size(0);
     const int64_t chunk =
         std::max(kChunkImages, (images + kChunks - 1) / kChunks);
-    const int64_t chunks = (images + chunk - 1) / chunk;
+    const int64_t chunks = std::max<int64_t>(1, (images + chunk - 1) / chunk);
     Tensor sums;
     OP_REQUIRES_OK(context, Allocate(context, *functions, num_convolutions, 1,
                                      chunks, &sums));
     const int64_t size = sums.dim_size(1);
-    Divide(context, chunks, 3 * chunk * Cycles(section, *functions),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t c = begin; c < end; ++c) {
-               float* sum = Floats(&sums) + c * size;
-               memset(sum, 0, size * sizeof(float));
-               functions->differentiate[bfloat16_](
-                   section, Floats(activations), places.flat<uint8_t>().data(),
-                   Floats(gradient), c * chunk,
-                   std::min((c + 1) * chunk, images), frames_gradient, sum);
-             }
-           });
+    const auto differentiate = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        float* sum = Floats(&sums) + c * size;
+        memset(sum, 0, size * sizeof(float));
+        if (!functions->differentiate[bfloat16_](
+                section, Floats(activations), places.flat<uint8_t>().data(),
+                Floats(gradient), c * chunk, std::min((c + 1) * chunk, images),
+                frames_gradient, sum)) {
+          return false;
+        }
+      }
+      return true;
+    };
+    OP_REQUIRES_OK(context, Divide(context, chunks,
+                                   3 * chunk * Cycles(section, *functions),
+                                   differentiate));
     Finish(context, *functions, num_convolutions, sums);
   }
 
@@ -1330,13 +1400,16 @@ class TorsoSectionGradient : public Kernel {
                      context->allocate_output(i, {3, 3, in, out}, &filter));
       OP_REQUIRES_OK(context, context->allocate_output(num_convolutions + i,
                                                        {out}, &bias));
-      Divide(context, in, chunks * rows / in * out / kLanes,
-             [&](int64_t begin, int64_t end) {
-               for (int64_t channel = begin; channel < end; ++channel) {
-                 functions->finish_gradient(chunks, size, channel, sum,
-                                            Floats(filter));
-               }
-             });
+      const auto finish = [&](int64_t begin, int64_t end) {
+        for (int64_t channel = begin; channel < end; ++channel) {
+          functions->finish_gradient(chunks, size, channel, sum,
+                                     Floats(filter));
+        }
+        return true;
+      };
+      OP_REQUIRES_OK(
+          context,
+          Divide(context, in, chunks * rows / in * out / kLanes, finish));
       sum += rows * out;
       auto total = bias->flat<float>();
       total.setZero();
@@ -1449,4 +1522,4 @@ extern "C" bool ImpalaConvolutionSupported(bool bfloat16) {
 
 extern "C" bool ImpalaConvolutionSupported(bool) { return false; }
 
-#endif
+#endif  // IMPALA_AVX512

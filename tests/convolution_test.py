@@ -2,6 +2,8 @@
 """Tests of convolution.py and its ops against sums written out in NumPy."""
 
 import itertools
+import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,13 @@ import pytest
 import tensorflow.compat.v1 as tf
 
 import convolution
+import native
+
+_PATIENCE = 120  # Seconds after which a program counts as hung.
+
+# What the sections of the deep network are of: before and after their first
+# convolution.
+CHANNELS = [(1, 16), (3, 16), (4, 16), (16, 16), (16, 32), (32, 32)]
 
 needs_ops = pytest.mark.skipif(
   not convolution.available(), reason='needs `make ops` and AVX-512'
@@ -243,9 +252,7 @@ def check_section(size, channels, num_blocks):
 
 
 @needs_ops
-@pytest.mark.parametrize(
-  'channels', [(i, o) for i in (1, 3, 4, 16, 32) for o in (16, 32)]
-)
+@pytest.mark.parametrize('channels', CHANNELS)
 @pytest.mark.parametrize('size', SIZES)
 def test_section_and_its_gradients(size, channels):
   check_section(size, channels, num_blocks=2)
@@ -288,7 +295,7 @@ def test_zero_is_where_the_relu_has_no_gradient():
 
 
 @needs_bfloat16
-@pytest.mark.parametrize('channels', [(3, 16), (4, 32), (16, 32), (32, 32)])
+@pytest.mark.parametrize('channels', [(3, 16), (4, 16), (16, 32), (32, 32)])
 @pytest.mark.parametrize('size', [(2, 11, 13), (9, 18, 24), (1, 36, 48)])
 def test_bfloat16_is_near(size, channels):
   frames, weights, biases = random_arrays(4, *size, channels)
@@ -377,7 +384,9 @@ def test_nan_is_not_hidden_by_the_relu(precision):
   assert np.isnan(run(build, (frames, weights, biases))).all()
 
 
-@pytest.mark.parametrize('channels', [(3, 8), (2, 16), (16, 8), (64, 64)])
+@pytest.mark.parametrize(
+  'channels', [(3, 8), (2, 16), (3, 32), (16, 8), (32, 16), (64, 64)]
+)
 def test_other_channels_are_left_to_tensorflow(channels):
   frames, weights, biases = random_arrays(10, 2, 6, 7, channels)
   if channels[0] > 4:
@@ -476,6 +485,7 @@ def op_inputs(**others):
   ('shapes', 'message'),
   [
     ({'filters': [[3, 3, 16, 24]] * 3}, 'A filter is'),
+    ({'filters': [[3, 3, 32, 16]] * 3}, 'A filter is'),
     ({'filters': [[5, 5, 16, 32], *[[3, 3, 32, 32]] * 2]}, 'A filter is'),
     (
       {'filters': [[3, 3, 16, 32], [3, 3, 16, 32], [3, 3, 32, 32]]},
@@ -494,7 +504,8 @@ def op_inputs(**others):
     (
       {
         'frames': [2, 4, 4, 3],
-        'filters': [[3, 3, 3, 32], *[[3, 3, 32, 32]] * 2],
+        'filters': [[3, 3, 3, 16], *[[3, 3, 16, 16]] * 2],
+        'biases': [[16]] * 3,
       },
       'of 3 channels as uint8, not .* as float',
     ),
@@ -502,7 +513,7 @@ def op_inputs(**others):
 )
 def test_op_refuses_wrong_shapes(shapes, message):
   with tf.Graph().as_default(), tf.Session() as session:
-    outputs = convolution._library().torso_section(
+    outputs = convolution._library().ops.torso_section(
       *op_inputs(**shapes), precision=tf.float32
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
@@ -533,7 +544,7 @@ def test_gradient_op_refuses_wrong_shapes(others, message):
   }
   with tf.Graph().as_default(), tf.Session() as session:
     frames, filters, _ = op_inputs()
-    results = convolution._library().torso_section_gradient(
+    results = convolution._library().ops.torso_section_gradient(
       tf.zeros(shapes['gradient']),
       frames,
       filters,
@@ -544,6 +555,110 @@ def test_gradient_op_refuses_wrong_shapes(others, message):
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
       session.run(results)
+
+
+def test_the_kernels_that_are_told_are_those_used():
+  own = {
+    'float32': 'AVX-512 convolutions',
+    'bfloat16': 'AVX-512 BF16 convolutions',
+  }
+  for precision, words in own.items():
+    with tf.Graph().as_default():
+      output = convolution.section(
+        tf.ones([1, 4, 4, 16]),
+        [tf.ones([3, 3, 16, 16])],
+        [tf.ones([16])],
+        precision,
+      )
+      is_own = output.op.type == 'TorsoSection'
+    assert convolution.kernels(precision) == (
+      words if is_own else "TensorFlow's convolutions"
+    )
+
+
+def processor_flags():
+  """Returns what Linux says of the processor."""
+  for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+    if line.startswith('flags'):
+      return line.split()
+  return []
+
+
+def test_bfloat16_is_what_linux_says_of_the_processor():
+  assert convolution.has_bfloat16() == ('avx512_bf16' in processor_flags())
+
+
+# The output of its large frame is of 16 MB, what it computes with of 64, and of
+# 44 for the gradient. All that is given is there before memory is limited.
+_LARGE = """
+import resource
+import tensorflow.compat.v1 as tf
+import convolution
+
+ops = convolution._library().ops
+
+def build(size):
+  # Returns variables, and operations for the output and for gradients.
+  frames = tf.Variable(tf.zeros([1, size, size, 3], tf.uint8))
+  output = tf.Variable(tf.zeros([1, size // 2, size // 2, 16]))
+  places = tf.Variable(tf.zeros([1, size // 2, size // 2, 16], tf.uint8))
+  weights = [tf.ones([3, 3, 3, 16])]
+  gradient = ops.torso_section_gradient(
+    output, frames, weights, [output], places, num_frames_gradients=0,
+    precision=tf.float32,
+  )
+  results = [
+    convolution.section(frames, weights, [tf.zeros([16])]).op,
+    gradient.filter_gradients[0].op,
+  ]
+  return [frames, output, places], results
+
+def limit_memory(megabytes):
+  with open('/proc/self/statm') as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+  resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), -1))
+
+tf.enable_resource_variables()
+with tf.Graph().as_default(), tf.Session() as session:
+  small_variables, small = build(8)
+  variables, large = build(1024)
+  session.run([v.initializer for v in small_variables + variables])
+  session.run(small)  # Makes threads, and all else that is made once.
+  for operation in large:
+    limit_memory(30)
+    try:
+      session.run(operation)
+    except tf.errors.ResourceExhaustedError as error:
+      print(operation.type, error.message.replace('\\n', ' '))
+  limit_memory(1000)
+  session.run(large)
+  print('works')
+"""
+
+
+@needs_ops
+def test_too_little_memory_fails_the_operation_alone():
+  result = subprocess.run(
+    [sys.executable, '-c', _LARGE],
+    cwd=native.FOLDER,
+    env={
+      **os.environ,
+      'CUDA_VISIBLE_DEVICES': '',
+      'TF_CPP_MIN_LOG_LEVEL': '3',
+      'MALLOC_ARENA_MAX': '1',  # More of them need address space.
+      'MALLOC_MMAP_THRESHOLD_': '1000000',  # Larger memory is given back.
+    },
+    capture_output=True,
+    text=True,
+    timeout=_PATIENCE,
+  )
+  assert result.returncode == 0, result.stderr
+  output, gradient, works = result.stdout.splitlines()
+  assert output.startswith('TorsoSection ')
+  assert gradient.startswith('TorsoSectionGradient ')
+  for message in (output, gradient):
+    assert 'No memory is left for a convolution.' in message
+  assert works == 'works'
 
 
 _PROGRAM = """
@@ -557,17 +672,22 @@ with tf.Graph().as_default(), tf.Session() as session:
     )
   assert output.op.type != 'TorsoSection'
   assert session.run(output)[0, 0, 0, 0] == 9 * 16 + 1
+for precision in ('float32', 'bfloat16'):
+  print(convolution.kernels(precision))
+print(convolution.has_bfloat16())
 """
 
 
 def run_program(folder):
-  shutil.copy(convolution.__file__, folder)
+  for module in (native, convolution):
+    shutil.copy(module.__file__, folder)
   return subprocess.run(
     [sys.executable, '-c', _PROGRAM],
     cwd=folder,
     env={'CUDA_VISIBLE_DEVICES': '', 'TF_CPP_MIN_LOG_LEVEL': '3'},
     capture_output=True,
     text=True,
+    timeout=_PATIENCE,
   )
 
 
@@ -575,6 +695,10 @@ def test_without_the_library_tensorflow_convolves_after_one_warning(tmp_path):
   result = run_program(tmp_path)
   assert result.returncode == 0, result.stderr
   assert result.stderr.count('make ops') == 1
+  has_bfloat16 = 'avx512_bf16' in processor_flags()
+  assert result.stdout == (
+    2 * "TensorFlow's convolutions\n" + f'{has_bfloat16}\n'
+  )
 
 
 def test_library_that_does_not_fit_is_told(tmp_path):
