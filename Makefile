@@ -3,6 +3,8 @@
 # make plot    draws the learning curves of trainings: LOGDIR=<logdir>, several
 #              in quotes
 # make test    sets everything up, checks the style, runs all tests
+# make sanitize  runs the tests of the compiled parts under GCC's sanitizers of
+#              addresses and of undefined behaviour, in logs/sanitize
 # make benchmark   measures, on an idle machine, how fast all is, in 10 minutes
 # make ops     builds the TensorFlow operations
 #
@@ -25,7 +27,7 @@ LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 # The same settings serve training and test.
 QUICK_START = --flagfile=flagfiles/quick_start
 
-.PHONY: train plot test benchmark ops lint clean
+.PHONY: train plot test sanitize benchmark ops lint clean
 .DELETE_ON_ERROR:
 
 train: ops
@@ -38,6 +40,32 @@ plot: $(INSTALLED)
 
 test: ops lint
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+# The libraries of both sanitizers have to be there before Python is, with what
+# throws exceptions. Python itself frees little at its end, and the memory that a
+# test limits is the sanitizer's as well. Where GCC checks for null, it refuses
+# Abseil's headers; without, null is an address like any other.
+SANITIZED = logs/sanitize
+SANITIZER = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+  -fno-sanitize=vptr,null,nonnull-attribute,returns-nonnull-attribute \
+  -fno-sanitize-recover=undefined
+SANITIZED_PYTHON = $(abspath $(shell command -v $(PYTHON)))
+library = $(shell $(CXX) -print-file-name=$(1))
+
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r Makefile pyproject.toml tests *.py *.cc $(SANITIZED)
+	$(MAKE) -C $(SANITIZED) ops PYTHON=$(SANITIZED_PYTHON) \
+	  CXXFLAGS="$(SANITIZER)"
+	cd $(SANITIZED) && PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 \
+	  UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \
+	  $(SANITIZED_PYTHON) -m pytest tests/convolution_test.py \
+	  tests/dynamic_batching_test.py tests/py_process_test.py \
+	  tests/py_process_fuzz_test.py --deselect \
+	  tests/convolution_test.py::test_too_little_memory_fails_the_operation_alone
 
 benchmark: SHELL = /bin/bash -o pipefail
 benchmark: ops
@@ -61,7 +89,7 @@ ops: $(OPS)
 %.so: %.cc $(INSTALLED)
 	@./system_packages.sh $(COMPILER)
 	$(CXX) -std=c++17 -O3 -Wall -Wno-deprecated-declarations -shared -fPIC \
-	  $< -o $@.tmp $(shell $(PYTHON) -c $(FLAGS) 2>/dev/null)
+	  $(CXXFLAGS) $< -o $@.tmp $(shell $(PYTHON) -c $(FLAGS) 2>/dev/null)
 	mv $@.tmp $@
 
 FLAGS = "import tensorflow as tf; \
