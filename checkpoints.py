@@ -29,6 +29,8 @@ _STATE = 'checkpoint'
 # ends too soon.
 _READ_ERRORS = (tf.errors.OpError, ValueError, IndexError, OSError)
 
+# What agents were that are older than these flags.
+_OLDER_FLAGS = {'core': 'lstm', 'normalize_frames': False}
 # Flags that say where and how a training runs, not what is trained; and those
 # of the frames, whose shape is compared.
 _UNIMPORTANT_FLAGS = {
@@ -357,8 +359,9 @@ def find_description(checkpoint):
   try:
     with open(path, encoding='utf-8') as file:
       description = json.load(file)
-    description['flags'], description['torso'], description['action_set']
+    description['torso'], description['action_set']
     description['frame_shape'][2]
+    description['flags'] = {**_OLDER_FLAGS, **description['flags']}
   except FileNotFoundError:
     return None
   except (OSError, ValueError, LookupError, TypeError):
@@ -387,54 +390,20 @@ def save_description(logdir, spec, torso, flag_values):
   _write(os.path.join(logdir, _DESCRIPTION), json.dumps(description, indent=1))
 
 
-def compare_description(logdir, spec, torso, flag_values):
-  """Compares the settings of a training with those that it had before.
+def describe_changes(description, flag_values):
+  """Returns a list of lines for people: which settings of a training changed.
 
   Args:
-    logdir: folder of the training.
-    spec: `environments.EnvironmentSpec` of what it plays.
-    torso: 'deep' or 'shallow'.
-    flag_values: dict of the training's flags.
-
-  Returns:
-    A list of lines for people: what is different.
-
-  Raises:
-    UserError: it is something that the agent can't bear.
+    description: see `find_description`.
+    flag_values: dict of the training's flags now.
   """
-  try:
-    description = _load_json(logdir)
-    flags = description['flags']
-    fixed = {
-      'torso (--torso)': (description['torso'], torso),
-      'frame shape (--height, --width)': (
-        description['frame_shape'],
-        list(spec.frame_shape),
-      ),
-      '--num_action_repeats': (
-        flags['num_action_repeats'],
-        flag_values['num_action_repeats'],
-      ),
-    }
-  except (OSError, ValueError, LookupError, TypeError):
-    return []  # It was lost.
-  for name, (theirs, ours) in fixed.items():
-    if theirs != ours:
-      raise UserError(
-        f'The agent in {logdir} was trained with the {name} {theirs}, here it '
-        f'is {ours}: give what it was trained with, or another --logdir.'
-      )
+  before = description['flags']
   changes = [
-    f'--{name} {flags[name]} -> {value}'
+    f'--{name} {before[name]} -> {value}'
     for name, value in flag_values.items()
-    if name not in _UNIMPORTANT_FLAGS and flags.get(name, value) != value
+    if name not in _UNIMPORTANT_FLAGS and before.get(name, value) != value
   ]
   return [f'Goes on with other settings: {", ".join(changes)}.'] * bool(changes)
-
-
-def _load_json(folder):
-  with open(os.path.join(folder, _DESCRIPTION), encoding='utf-8') as file:
-    return json.load(file)
 
 
 def load_description(path):
@@ -453,9 +422,14 @@ def load_description(path):
     raise UserError(f'{path} holds no trained agent: it has no checkpoint.')
   try:
     _read(checkpoint)
-    description = _load_json(path if is_folder else os.path.dirname(path))
   except _READ_ERRORS as error:
     raise UserError(
       f'{path} holds no trained agent: {_describe_damage(checkpoint, error)}.'
     ) from None
+  description = find_description(checkpoint)
+  if description is None:
+    raise UserError(
+      f'{path} holds no trained agent: {_DESCRIPTION}, which training writes '
+      'beside the checkpoints, is missing.'
+    )
   return description, checkpoint

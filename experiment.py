@@ -316,9 +316,16 @@ flags.DEFINE_float(
   lower_bound=0,
 )
 
-# What an agent's network and inputs depend on: a test can't have other values
-# than the training had.
-_AGENT_FLAGS = ('torso', 'num_action_repeats', 'height', 'width')
+# What an agent's network and inputs depend on: a test, or a training that goes
+# on, can't have other values than the training had.
+_AGENT_FLAGS = (
+  'torso',
+  'core',
+  'normalize_frames',
+  'num_action_repeats',
+  'height',
+  'width',
+)
 # What a test doesn't take from the training: these flags are of a single run.
 _RUN_FLAGS = (
   'mode',
@@ -889,6 +896,42 @@ def _describe_device(role, only_cpu=False):
   return ', '.join([*words, FLAGS.precision])
 
 
+def _take_flags(description, names=None):
+  """Sets the flags that are not given as the training of the agent had them.
+
+  Args:
+    description: of the agent, see `checkpoints.find_description`.
+    names: of the flags; None for all but those of a single run.
+
+  Raises:
+    UserError: one that is given doesn't fit the agent.
+  """
+  height, width, _ = description['frame_shape']
+  trained = {
+    **description['flags'],
+    'torso': description['torso'],
+    'height': height,
+    'width': width,
+  }
+  for name, value in trained.items():
+    # Another version may have had other flags.
+    if (
+      name not in FLAGS or name in _RUN_FLAGS or name not in (names or trained)
+    ):
+      continue
+    flag = FLAGS[name]
+    if not flag.present:
+      try:
+        flag.parse(value)
+      except flags.Error as error:
+        raise UserError(f'Of the training: {error}') from None
+    elif name in _AGENT_FLAGS and flag.value != value:
+      raise UserError(
+        f'--{name} is {flag.value}, but the agent in {FLAGS.logdir} was '
+        f'trained with {value}: leave it out, or give another --logdir.'
+      )
+
+
 def _make_folder(flag, path):
   """Makes a folder; raises UserError if it can't be written."""
   try:
@@ -921,6 +964,11 @@ def train():
 
   With actors on this machine, or as the learner task of many.
   """
+  description = checkpoints.find_description(
+    os.path.join(FLAGS.logdir, 'model.ckpt')
+  )
+  if description:
+    _take_flags(description, _AGENT_FLAGS)
   game = _choose_game()
   with _new_graph(), stop_signals() as signals:
     agent = _new_agent(game)
@@ -928,25 +976,30 @@ def train():
     actors, update, queue = prepare(game, agent)
     _make_folder('logdir', FLAGS.logdir)
     with log_folder.lock(FLAGS.logdir):
-      _prepare_log_folder(game)
+      _prepare_log_folder(game, description)
       _run_training(game, actors, update, queue, signals)
 
 
-def _prepare_log_folder(game):
+def _prepare_log_folder(game, description):
   """Checks that the training can go on in its folder, and describes it there.
+
+  Args:
+    game: `Game`.
+    description: of the agent that is in the folder; None without one.
 
   Raises:
     UserError: it can't.
   """
-  logdir, description = FLAGS.logdir, (game.spec, FLAGS.torso, _flag_values())
+  logdir, flag_values = FLAGS.logdir, _flag_values()
   checkpoint = checkpoints.latest(logdir)
   if checkpoint:
     checkpoints.check_agent(checkpoints.read(checkpoint)[0], logdir)
-    for line in checkpoints.compare_description(logdir, *description):
-      print_line(line)
+    if description:
+      for line in checkpoints.describe_changes(description, flag_values):
+        print_line(line)
   try:
     checkpoints.prepare(logdir, checkpoint)
-    checkpoints.save_description(logdir, *description)
+    checkpoints.save_description(logdir, game.spec, FLAGS.torso, flag_values)
   except OSError as error:
     raise _not_writable('logdir', error) from None
 
@@ -1275,7 +1328,7 @@ def test():
   shapes, frames = checkpoints.read(checkpoint)
   description = checkpoints.find_description(checkpoint)
   if description:
-    _take_training_flags(description)
+    _take_flags(description)
     game = _choose_game(len(description['action_set']))
   else:  # A checkpoint of an older version, or copied without it.
     game = _choose_game()
@@ -1321,39 +1374,6 @@ def test():
     print_line('Interrupted: the same command plays the missing episodes.')
   if not results.is_complete():
     sys.exit(1)
-
-
-def _take_training_flags(description):
-  """Sets the flags that are not given as the training of the agent had them.
-
-  Args:
-    description: of the agent, see `checkpoints.find_description`.
-
-  Raises:
-    UserError: one that is given doesn't fit the agent.
-  """
-  height, width, _ = description['frame_shape']
-  trained = {
-    **description['flags'],
-    'torso': description['torso'],
-    'height': height,
-    'width': width,
-  }
-  for name, value in trained.items():
-    # Another version may have had other flags.
-    if name in _RUN_FLAGS or name not in FLAGS:
-      continue
-    flag = FLAGS[name]
-    if not flag.present:
-      try:
-        flag.parse(value)
-      except flags.Error as error:
-        raise UserError(f'Of the training: {error}') from None
-    elif name in _AGENT_FLAGS and flag.value != value:
-      raise UserError(
-        f'--{name} is {flag.value}, but the agent was trained with {value}: '
-        'leave it out.'
-      )
 
 
 def _results_path(frames):

@@ -41,12 +41,11 @@ class Player:
     self.action_set = description['action_set']
     with tf.Graph().as_default():
       tf.set_random_seed(seed)
-      settings = description['flags']  # Of older agents, without some of them.
       agent = Agent(
         len(self.action_set),
         description['torso'],
-        core=settings.get('core', 'lstm'),
-        normalize_frames=settings.get('normalize_frames', False),
+        core=description['flags']['core'],
+        normalize_frames=description['flags']['normalize_frames'],
       )
       self._build(agent)
       self._session = tf.Session()
