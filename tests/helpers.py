@@ -57,7 +57,8 @@ class Program:
     self._reader.start()
 
   def _read(self):
-    with self.process.stdout:
+    # A ValueError: a test closed it.
+    with contextlib.suppress(ValueError), self.process.stdout:
       for line in self.process.stdout:
         self._lines.put(line)
     self._lines.put(None)

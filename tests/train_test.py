@@ -46,7 +46,8 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
   )
   assert code == 0, output
   assert checkpoint_step(logdir) == 200
-  (line,) = output.splitlines()
+  start, line = output.splitlines()
+  assert start.startswith('learner on CPU')
   assert '200 of 200 frames, in this run by 20 updates; mean return 5' in line
   assert f'{logdir}/model.ckpt-200' in line
   assert f'experiment.py --mode=test --logdir={logdir}' in line
@@ -59,7 +60,7 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
     env={'TF_CONFIG': ''},
   )
   assert code == 0, output
-  settings, line = output.splitlines()
+  settings, _, line = output.splitlines()
   assert '--learning_rate 0.00048 -> 0.001' in settings
   assert '--total_environment_frames 200 -> 400' in settings
   assert 'logdir' not in settings
