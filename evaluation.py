@@ -706,7 +706,7 @@ class BackgroundTests(tf.train.SessionRunHook):
     self._process = None
 
   def begin(self):
-    # The training's saver may delete a checkpoint before it is read.
+    # Its own: the training's may delete a checkpoint before it's read.
     self._saver = tf.train.Saver(max_to_keep=1)
 
   def after_create_session(self, session, coord):

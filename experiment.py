@@ -828,7 +828,6 @@ def train():
     tests = _background_tests(metrics)
     close_queue = queue.queue.close(cancel_pending_enqueues=True)
     config = _session_config(FLAGS.num_actors)
-    print_line(_describe_device('learner'))
     try:
       with tf.train.MonitoredTrainingSession(
         master=''
@@ -952,6 +951,7 @@ class LearnerLoop(threading.Thread):
 
 def _watch_training(actors, metrics, signals, tests):
   """Shows the progress until the training stops, or a signal comes."""
+  print_line(_describe_device('learner'))
   console = Console(
     FLAGS.total_environment_frames, metrics.global_step, 'frames'
   )
@@ -1230,9 +1230,6 @@ def _has_bfloat16():
 
 def _check_flags():
   """Completes the flags; raises UserError if they make no sense together."""
-  for name, value in _flag_values().items():
-    if isinstance(value, float) and not math.isfinite(value):
-      raise UserError(f'--{name}={value}: it must be a finite number.')
   if FLAGS.precision == 'bfloat16' and not _has_bfloat16():
     FLAGS.precision = 'float32'
     print(
@@ -1244,6 +1241,9 @@ def _check_flags():
       '--checkpoint is for --mode=test: training goes on from the last '
       'checkpoint in --logdir.'
     )
+  for name, value in _flag_values().items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'--{name}={value}: it must be a finite number.')
   if FLAGS.mode == 'test':
     if FLAGS.task != -1:
       raise UserError('--task is for training: a test runs on one machine.')
