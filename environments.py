@@ -379,14 +379,10 @@ class PyProcessDmLab:
 
 
 def _reason(error):
-  """Returns what a `ProcessError` says, all on one line, without the way."""
-  lines = str(error).strip().splitlines()
-  frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
-  begin = frames[-1] + 1 if frames else 0
-  while begin < len(lines) - 1 and lines[begin].startswith('    '):
-    begin += 1  # The frame's source.
-  text = ' '.join(' '.join(lines[begin:]).split())
-  return text.removeprefix('ValueError: ').rstrip('.')
+  """Returns why a `ProcessError` came, on one line."""
+  failure = py_process.failure(error)
+  text = failure.reason.partition(':\n')[2] or failure.reason
+  return ' '.join(text.split()).removeprefix('ValueError: ').rstrip('.')
 
 
 class GymEnvironment:

@@ -39,11 +39,3 @@ def explain(error):
   if len(frames) > 1:
     text = re.sub(r'\A(\s.*\n)+', '', frames[-1])
   return text.strip().rstrip('.') or type(error).__name__
-
-
-def last_line(error):
-  """Returns the last line of an error's message, without what leads to it."""
-  # TensorFlow's errors keep theirs in an attribute.
-  text = getattr(error, 'message', None) or str(error)
-  lines = [line for line in text.splitlines() if re.match(r'\w', line)]
-  return lines[-1].rstrip('.') if lines else type(error).__name__

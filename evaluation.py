@@ -655,12 +655,13 @@ class TestLoops(tf.train.SessionRunHook):
 
   def _explain(self, episode, error):
     """Returns why an episode could not be played."""
-    if isinstance(error, tf.errors.OpError):
-      exit_code = self._processes[episode].exit_code()
-      # It is 0 if `close` ended the process: then the error has the reason.
-      if exit_code:
-        return f'its process died with {describe_exit(exit_code)}'
-    return explain(error)
+    failure = py_process.failure(error)
+    if failure is None:
+      return explain(error)
+    if failure.reason == 'died':
+      exit_code = self._processes[episode].exit_code(timeout=1.0)
+      return f'its process died with {describe_exit(exit_code)}'
+    return f'its process {failure.reason}'
 
 
 def _end(unroll):

@@ -61,7 +61,7 @@ with quiet.start():
     stop_signals,
     watch,
   )
-  from errors import UserError, last_line
+  from errors import UserError, explain
   from metrics import Metrics
   from player import Player
 
@@ -888,11 +888,7 @@ def _describe_device(role, only_cpu=False):
   has_gpu = not only_cpu and tf.config.list_physical_devices('GPU')
   words = [f'{role} on {"GPU:0" if has_gpu else "CPU"}']
   if FLAGS.torso == 'deep':
-    words.append(
-      'AVX-512 convolutions'
-      if convolution.available(FLAGS.precision)
-      else "TensorFlow's convolutions"
-    )
+    words.append(convolution.kernels(FLAGS.precision))
   return ', '.join([*words, FLAGS.precision])
 
 
@@ -969,7 +965,9 @@ def train():
   )
   if description:
     _take_flags(description, _AGENT_FLAGS)
-  game = _choose_game()
+    game = _choose_game(len(description['action_set']))
+  else:
+    game = _choose_game()
   with _new_graph(), stop_signals() as signals:
     agent = _new_agent(game)
     prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
@@ -1200,7 +1198,7 @@ class LearnerLoop(threading.Thread):
     except _SESSION_LOST as error:
       # The monitored session would go on with a new session, unknown to the
       # threads of this one.
-      raise SessionLost(last_line(error)) from error
+      raise SessionLost(explain(error)) from error
 
 
 def _watch_training(actors, metrics, signals, tests):
@@ -1442,15 +1440,6 @@ def _watch_test(loops, results, signals):
 # --- Main -------------------------------------------------------------------
 
 
-def _has_bfloat16():
-  """Returns whether the processor has instructions for it (Linux, x86)."""
-  try:
-    with open('/proc/cpuinfo') as file:
-      return re.search(r'\b(avx512_bf16|amx_bf16)\b', file.read()) is not None
-  except OSError:
-    return False
-
-
 def _expand_paths():
   """Expands a ~ that the shell left alone in the flags with paths.
 
@@ -1475,11 +1464,10 @@ def _check_flags():
   for name, value in _flag_values().items():
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f'--{name}={value}: it must be a finite number.')
-  if FLAGS.precision == 'bfloat16' and not _has_bfloat16():
+  if FLAGS.precision == 'bfloat16' and not convolution.has_bfloat16():
     FLAGS.precision = 'float32'
-    print(
-      'This processor has no instructions for bfloat16: float32 is used.',
-      flush=True,
+    print_line(
+      'This processor has no instructions for bfloat16: float32 is used.'
     )
   if FLAGS.checkpoint and FLAGS.mode != 'test':
     raise UserError(
@@ -1584,10 +1572,14 @@ def main(_):
   except UserError as error:
     _exit(error, 2)
   except py_process.ProcessError as error:
+    failure = py_process.failure(error)
+    if failure and failure.traceback:
+      print(failure.traceback, file=sys.stderr)
+      error = f'An environment process {failure.reason}'
     _exit(error, 1)
   except (SessionLost, *_SESSION_LOST) as error:
     _exit(
-      f"TensorFlow's session was lost ({last_line(error)}): training stops. "
+      f"TensorFlow's session was lost ({explain(error)}): training stops. "
       f'Started again, it goes on from the last checkpoint in {FLAGS.logdir}.',
       1,
     )

@@ -277,7 +277,7 @@ def assert_similar_learners(actual, expected):
 
 
 @pytest.mark.skipif(
-  not experiment._has_bfloat16(), reason='needs a processor with bfloat16'
+  not convolution.has_bfloat16(), reason='needs a processor with bfloat16'
 )
 @flagsaver.flagsaver(batch_size=3, unroll_length=5)
 def test_tensorflows_convolutions_alone_are_bfloat16(
@@ -319,7 +319,7 @@ def test_own_sections_are_bfloat16(learner_batch):
 
 @flagsaver.flagsaver(precision='bfloat16')
 def test_processor_without_bfloat16_takes_float32(monkeypatch, capsys):
-  monkeypatch.setattr(experiment, '_has_bfloat16', lambda: False)
+  monkeypatch.setattr(convolution, 'has_bfloat16', lambda: False)
   experiment._check_flags()
   assert FLAGS.precision == 'float32'
   assert 'float32 is used' in capsys.readouterr().out
