@@ -31,26 +31,6 @@ _READ_ERRORS = (tf.errors.OpError, ValueError, IndexError, OSError)
 
 # What agents were that are older than these flags.
 _OLDER_FLAGS = {'core': 'lstm', 'normalize_frames': False}
-# Flags that say where and how a training runs, not what is trained; and those
-# of the frames, whose shape is compared.
-_UNIMPORTANT_FLAGS = {
-  'actor_address',
-  'checkpoint',
-  'dataset_path',
-  'height',
-  'job_name',
-  'learner_address',
-  'level_cache_dir',
-  'logdir',
-  'max_environment_restarts',
-  'mode',
-  'save_checkpoint_secs',
-  'task',
-  'test_interval_frames',
-  'test_num_episodes',
-  'video_dir',
-  'width',
-}
 
 # --- Saving -----------------------------------------------------------------
 
@@ -372,7 +352,7 @@ def find_description(checkpoint):
   return description
 
 
-def save_description(logdir, spec, torso, flag_values):
+def save_description(logdir, spec, torso, flag_values, settings):
   """Saves beside the checkpoints what others need to know of the agent.
 
   Args:
@@ -380,28 +360,31 @@ def save_description(logdir, spec, torso, flag_values):
     spec: `environments.EnvironmentSpec` of what it plays.
     torso: 'deep' or 'shallow'.
     flag_values: dict of the training's flags.
+    settings: those of them that change what is learned.
   """
   description = {
     'torso': torso,
     'frame_shape': list(spec.frame_shape),
     'action_set': np.asarray(spec.action_set).tolist(),
+    'settings': settings,
     'flags': flag_values,
   }
-  _write(os.path.join(logdir, _DESCRIPTION), json.dumps(description, indent=1))
+  text = json.dumps(description, indent=1, allow_nan=False)
+  _write(os.path.join(logdir, _DESCRIPTION), text)
 
 
-def describe_changes(description, flag_values):
+def describe_changes(description, settings):
   """Returns a list of lines for people: which settings of a training changed.
 
   Args:
     description: see `find_description`.
-    flag_values: dict of the training's flags now.
+    settings: dict of the training's flags that change what is learned.
   """
   before = description['flags']
   changes = [
     f'--{name} {before[name]} -> {value}'
-    for name, value in flag_values.items()
-    if name not in _UNIMPORTANT_FLAGS and before.get(name, value) != value
+    for name, value in settings.items()
+    if before.get(name, value) != value
   ]
   return [f'Goes on with other settings: {", ".join(changes)}.'] * bool(changes)
 

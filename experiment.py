@@ -326,7 +326,7 @@ _AGENT_FLAGS = (
   'height',
   'width',
 )
-# What a test doesn't take from the training: these flags are of a single run.
+# Which run it is. A test doesn't take these from the training.
 _RUN_FLAGS = (
   'mode',
   'logdir',
@@ -335,11 +335,21 @@ _RUN_FLAGS = (
   'task',
   'learner_address',
   'actor_address',
-  'num_actors',
   'test_interval_frames',
   'video_dir',
   'seed',
-  'precision',
+)
+# Nor these, of the machine that it runs on.
+_MACHINE_FLAGS = ('num_actors', 'precision')
+# How a training is looked after. These and the first don't change what it
+# learns: all others are its settings.
+_UPKEEP_FLAGS = (
+  'dataset_path',
+  'environment_timeout_secs',
+  'level_cache_dir',
+  'max_environment_restarts',
+  'save_checkpoint_secs',
+  'test_num_episodes',
 )
 
 _NUM_ATARI_ACTIONS = 18  # Of the console; most games have fewer of their own.
@@ -897,7 +907,7 @@ def _take_flags(description, names=None):
 
   Args:
     description: of the agent, see `checkpoints.find_description`.
-    names: of the flags; None for all but those of a single run.
+    names: of the flags; None for all but those of a run and its machine.
 
   Raises:
     UserError: one that is given doesn't fit the agent.
@@ -909,11 +919,11 @@ def _take_flags(description, names=None):
     'height': height,
     'width': width,
   }
+  if names is None:
+    names = trained.keys() - set(_RUN_FLAGS + _MACHINE_FLAGS)
   for name, value in trained.items():
     # Another version may have had other flags.
-    if (
-      name not in FLAGS or name in _RUN_FLAGS or name not in (names or trained)
-    ):
+    if name not in names or name not in FLAGS:
       continue
     flag = FLAGS[name]
     if not flag.present:
@@ -988,16 +998,25 @@ def _prepare_log_folder(game, description):
   Raises:
     UserError: it can't.
   """
-  logdir, flag_values = FLAGS.logdir, _flag_values()
+  logdir = FLAGS.logdir
+  height, width, _ = game.spec.frame_shape  # By default, those of the levels.
+  flag_values = {**_flag_values(), 'height': height, 'width': width}
+  settings = {
+    name: value
+    for name, value in flag_values.items()
+    if name not in _RUN_FLAGS + _UPKEEP_FLAGS
+  }
   checkpoint = checkpoints.latest(logdir)
   if checkpoint:
     checkpoints.check_agent(checkpoints.read(checkpoint)[0], logdir)
     if description:
-      for line in checkpoints.describe_changes(description, flag_values):
+      for line in checkpoints.describe_changes(description, settings):
         print_line(line)
   try:
     checkpoints.prepare(logdir, checkpoint)
-    checkpoints.save_description(logdir, game.spec, FLAGS.torso, flag_values)
+    checkpoints.save_description(
+      logdir, game.spec, FLAGS.torso, flag_values, settings
+    )
   except OSError as error:
     raise _not_writable('logdir', error) from None
 

@@ -904,6 +904,7 @@ _PAPER_ATARI = {
       },
     ),
     ('quick_start', {'level_name': 'gym:VizdoomBasic-v1'}),
+    ('minigrid_doorkey', {'level_name': 'gym:MiniGrid-DoorKey-5x5-v0'}),
   ],
 )
 def test_flagfile_has_the_papers_settings(name, expected):
@@ -923,5 +924,6 @@ def test_every_flagfile_is_tested():
     'atari_expert',
     'dmlab30',
     'dmlab_single_level',
+    'minigrid_doorkey',
     'quick_start',
   }

@@ -24,7 +24,7 @@ def save_trained_agent(logdir, num_actions=3, frame_shape=(4, 6, 1)):
   checkpoint = save_agent(logdir, num_actions, frame_shape)
   spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
   checkpoints.save_description(
-    str(logdir), spec, 'shallow', {'normalize_frames': True}
+    str(logdir), spec, 'shallow', {'normalize_frames': True}, {}
   )
   return checkpoint
 

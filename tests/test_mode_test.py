@@ -188,7 +188,7 @@ def describe(logdir, num_actions=3, frame_shape=(4, 6, 1), **flag_values):
   """Describes an agent as its training does."""
   values = {'level_name': LENGTHS, 'num_action_repeats': 2, **flag_values}
   spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
-  checkpoints.save_description(str(logdir), spec, 'shallow', values)
+  checkpoints.save_description(str(logdir), spec, 'shallow', values, {})
 
 
 def test_test_needs_the_log_folder_alone(tmp_path, monkeypatch):
