@@ -9,5 +9,15 @@ import importlib.util
 import os
 import sys
 
+import pytest
+
 if importlib.util.find_spec('deepmind_lab') is None:
   sys.path.append(os.path.join(os.path.dirname(__file__), 'fake_deepmind_lab'))
+
+
+@pytest.fixture(autouse=True)
+def _programs_end_with_their_test():
+  yield
+  # Most tests run no program, and shall not pay for the import.
+  if 'helpers' in sys.modules:
+    sys.modules['helpers'].end_programs()

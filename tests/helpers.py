@@ -50,6 +50,7 @@ class Program:
       cwd=cwd,
       env={**os.environ, 'PYTHONPATH': path, **dict(env)},
     )
+    _programs.append(self)
     self.output = ''
     self._lines = queue.Queue()
     # A thread of its own, so that waiting for a line can have a deadline.
@@ -96,6 +97,15 @@ class Program:
     if self.process.poll() is None:
       self.process.kill()
       self.process.wait()
+
+
+_programs = []  # Of the test that runs.
+
+
+def end_programs():
+  """Ends what a test that failed has left running."""
+  while _programs:
+    _programs.pop().kill()
 
 
 def run(*flags, **kwargs):
