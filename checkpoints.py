@@ -141,9 +141,10 @@ def _reason(error):
   """Returns the reason in an error about a file, without the file's path."""
   if isinstance(error, OSError):
     return error.strerror
-  # TensorFlow's are "path; reason", and then where it was in the graph.
   text = getattr(error, 'message', None) or str(error) or type(error).__name__
-  return text.splitlines()[0].rpartition('; ')[2].rstrip('.')
+  # In the midst of what TensorFlow says of the graph.
+  match = re.search(r'^/proc/self/fd/.*; (.+)$', text, re.MULTILINE)
+  return match[1] if match else text.splitlines()[0].rstrip('.')
 
 
 def prepare(logdir, checkpoint):
@@ -174,9 +175,14 @@ def prepare(logdir, checkpoint):
 
 def _write(path, text):
   """Writes a file at once: after a crash, it has the old or the new content."""
-  with open(path + '.tmp', 'w', encoding='utf-8') as file:
-    file.write(text)
-  os.replace(path + '.tmp', path)
+  try:
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+      file.write(text)
+    os.replace(path + '.tmp', path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.remove(path + '.tmp')
+    raise
 
 
 # --- Finding and reading ----------------------------------------------------
@@ -410,12 +416,14 @@ def load_description(path):
   """
   path = os.path.expanduser(path)
   is_folder = os.path.isdir(path)
-  try:
-    description = _load_json(path if is_folder else os.path.dirname(path))
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} holds no trained agent: {error}') from None
   checkpoint = latest(path) if is_folder else path
   if checkpoint is None:
     raise UserError(f'{path} holds no trained agent: it has no checkpoint.')
-  read(checkpoint)
+  try:
+    _read(checkpoint)
+    description = _load_json(path if is_folder else os.path.dirname(path))
+  except _READ_ERRORS as error:
+    raise UserError(
+      f'{path} holds no trained agent: {_describe_damage(checkpoint, error)}.'
+    ) from None
   return description, checkpoint

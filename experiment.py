@@ -861,27 +861,29 @@ def _report_end(metrics, num_updates, save_error):
 
   Exits with code 1 if its last checkpoint could not be saved.
   """
-  frames, total = metrics.global_step, FLAGS.total_environment_frames
-  mean_return = metrics.latest_return()
   if save_error:
     _exit(f'{save_error}: make room and start the training again.', 1)
-  returns = (
-    'no episode ended'
-    if mean_return is None
-    else f'the mean return was {mean_return:.2f}'
-  )
-  script = shlex.quote(sys.argv[0])
-  logdir = shlex.quote(FLAGS.logdir)
+  frames, total = metrics.global_step, FLAGS.total_environment_frames
+  mean_return = metrics.latest_return()
+  if num_updates:
+    line = f'Trained for {frames:,} of {total:,} frames, in this run by '
+    line += f'{num_updates:,} updates; '
+    line += (
+      'no episode ended'
+      if mean_return is None
+      else f'mean return {mean_return:.2f}'
+    )
+  else:
+    line = f'The agent was trained for {frames:,} of {total:,} frames before'
   goes_on = (
-    'a higher --total_environment_frames trains on'
+    'to train on, give a higher --total_environment_frames'
     if frames >= total
     else 'the same command trains on'
   )
+  script, logdir = map(shlex.quote, (sys.argv[0], FLAGS.logdir))
   print_line(
-    f'Trained for {frames:,} of {total:,} frames; in this run by '
-    f'{num_updates:,} updates, and {returns}. The checkpoint is '
-    f'{checkpoints.latest(FLAGS.logdir)}. Next: {goes_on}; python {script} '
-    f'--mode=test --logdir={logdir} tests the agent.'
+    f'{line}. Checkpoint: {checkpoints.latest(FLAGS.logdir)}. Next: {goes_on}; '
+    f'to test, python {script} --mode=test --logdir={logdir}'
   )
 
 

@@ -100,7 +100,7 @@ class EventWriter:
     self._logdir = logdir
     self._lock = threading.Lock()
     self._numbers = itertools.count()
-    self._writer = None
+    self._path = self._writer = None
     self._next_flush = 0
     self._next_try = 0
 
@@ -142,7 +142,8 @@ class EventWriter:
       f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.'
       f'{os.getpid()}.{next(self._numbers)}'
     )
-    self._writer = tf.io.TFRecordWriter(os.path.join(self._logdir, name))
+    self._path = os.path.join(self._logdir, name)
+    self._writer = tf.io.TFRecordWriter(self._path)
     first = tf.Event(wall_time=time.time(), file_version='brain.Event:2')
     self._writer.write(first.SerializeToString())
 
@@ -152,6 +153,9 @@ class EventWriter:
       yield
     except tf.errors.OpError as error:
       self._writer = None
+      with contextlib.suppress(OSError):
+        if not os.path.getsize(self._path):
+          os.remove(self._path)
       self._next_try = time.monotonic() + _RETRY_SECONDS
       logging.warning(
         'Metrics can not be written to %s (%s): those of the next %d s are '

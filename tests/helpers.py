@@ -2,7 +2,9 @@
 """What the tests share: runs of the program, dummy inputs, saved agents."""
 
 import glob
+import hashlib
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -32,7 +34,9 @@ TOY = [
 class Program:
   """A run of experiment.py, whose lines can be waited for."""
 
-  def __init__(self, *flags, root=ROOT, path=TESTS, prefix=()):
+  def __init__(
+    self, *flags, root=ROOT, path=TESTS, prefix=(), cwd=None, env=()
+  ):
     self.process = subprocess.Popen(
       [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
       stdout=subprocess.PIPE,
@@ -40,7 +44,8 @@ class Program:
       stdin=subprocess.DEVNULL,
       text=True,
       start_new_session=True,
-      env={**os.environ, 'PYTHONPATH': path},
+      cwd=cwd,
+      env={**os.environ, 'PYTHONPATH': path, **dict(env)},
     )
     self.output = ''
 
@@ -98,6 +103,15 @@ def descendants(pid):
     found += below
     todo += below
   return found
+
+
+def hashes(folder):
+  """Returns a dict from the files below a folder to their content's hashes."""
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in pathlib.Path(folder).rglob('*')
+    if path.is_file()
+  }
 
 
 def alive(pid):

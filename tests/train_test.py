@@ -8,11 +8,17 @@ import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tensorflow.compat.v1 as tf
+from absl import flags
 
+import checkpoints
+import experiment
 import plot
 from helpers import (
   ROOT,
@@ -22,11 +28,15 @@ from helpers import (
   alive,
   checkpoint_step,
   descendants,
+  hashes,
   run,
   training,
   wait_until,
 )
 from player import Player
+
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS(['train_test'])
 
 
 def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
@@ -36,10 +46,23 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
   )
   assert code == 0, output
   assert checkpoint_step(logdir) == 200
+  (line,) = output.splitlines()
+  assert '200 of 200 frames, in this run by 20 updates; mean return 5' in line
+  assert f'{logdir}/model.ckpt-200' in line
+  assert f'experiment.py --mode=test --logdir={logdir}' in line
   code, output = run(
-    *TOY, f'--logdir={logdir}', '--total_environment_frames=400'
+    *TOY,
+    f'--logdir={logdir}',
+    '--total_environment_frames=400',
+    '--learning_rate=0.001',
+    # Not set, as in many job scripts.
+    env={'TF_CONFIG': ''},
   )
   assert code == 0, output
+  settings, line = output.splitlines()
+  assert '--learning_rate 0.00048 -> 0.001' in settings
+  assert '--total_environment_frames 200 -> 400' in settings
+  assert 'logdir' not in settings
   assert checkpoint_step(logdir) == 400
   episodes = plot.read_scalars(logdir)['gym:toy_gym:Grey-v0/episode_return']
   # Every episode of the toy has 10 steps; each step's reward is 10 times its
@@ -59,7 +82,9 @@ def test_training_ends_at_the_last_frame_and_goes_on_from_there(tmp_path):
   assert player.step(np.zeros((4, 6), np.uint8)).action in (0, 1, 2)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  'number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+)
 def test_signal_saves_a_checkpoint_and_leaves_nothing(tmp_path, number):
   logdir = str(tmp_path / 'log')
   program = training(logdir)
@@ -79,6 +104,203 @@ def test_signal_saves_a_checkpoint_and_leaves_nothing(tmp_path, number):
   )
   assert code == 0, output
   assert checkpoint_step(logdir) == frames
+
+
+def test_training_whose_console_is_gone_goes_on(tmp_path):
+  """As with `| head -1`, or a terminal that is closed."""
+  logdir = str(tmp_path / 'log')
+  program = training(logdir, '--save_checkpoint_secs=1')
+  program.process.stdout.close()
+  os.kill(environment_of(program), signal.SIGKILL)  # It is told.
+  step = checkpoint_step(logdir)
+  wait_until(lambda: checkpoint_step(logdir) > step)
+  program.process.send_signal(signal.SIGHUP)
+  assert program.process.wait(timeout=60) == 0
+  saved = checkpoint_step(logdir)
+  code, output = run(
+    *TOY, f'--logdir={logdir}', f'--total_environment_frames={saved - 10}'
+  )
+  assert code == 0, output
+  assert f'trained for {saved:,} of {saved - 10:,} frames before' in output
+  assert checkpoint_step(logdir) == saved
+
+
+def test_folder_can_be_copied_moved_and_named_freely(tmp_path):
+  name = '~x [lr=0.001] *? ü'
+  original, copy = tmp_path / name, tmp_path / f'copy {name}'
+  # What a shell leaves alone, and a console that can't print the name.
+  home = {
+    'HOME': str(tmp_path),
+    'LC_ALL': 'POSIX',
+    'PYTHONIOENCODING': 'ascii',
+  }
+  code, output = run(
+    *TOY, f'--logdir=~/{name}', '--total_environment_frames=60', env=home
+  )
+  assert code == 0, output
+  assert output.isascii()
+  # As older versions wrote it.
+  state = original / 'checkpoint'
+  text = state.read_text()
+  state.write_text(text.replace('"model', f'"{original}/model'))
+  assert str(original) in state.read_text()
+  shutil.copytree(original, copy)
+  before = hashes(original)
+  for frames in (80, 100):
+    code, output = run(
+      *TOY,
+      f'--logdir=~/copy {name}',
+      f'--total_environment_frames={frames}',
+      env=home,
+    )
+    assert code == 0, output
+    # 20 frames are two updates.
+    assert f'{frames} of {frames} frames, in this run by 2 updates' in output
+  assert hashes(original) == before
+  # The original moves, its state file still has its old place.
+  moved = original.rename(tmp_path / 'moved [1]')
+  code, output = run(
+    *TOY, f'--logdir={moved}', '--mode=test', '--test_num_episodes=1'
+  )
+  assert code == 0, output
+  with Player(str(moved)) as player:
+    assert player.frame_shape == (4, 6, 1)
+  assert {n: h for n, h in hashes(moved).items() if 'test/' not in n} == before
+  (moved / 'checkpoint').write_text('')
+  code, output = run(*TOY, f'--logdir={moved}', '--total_environment_frames=80')
+  assert code == 0, output
+  assert 'The file "checkpoint"' in output
+  assert '80 of 80 frames, in this run by 2 updates' in output
+
+
+def test_second_training_in_a_folder_is_refused_until_the_first_ends(tmp_path):
+  logdir = tmp_path / 'log'
+  # One checkpoint at the start, so that its files stay as they are.
+  first = Program(*TOY, f'--logdir={logdir}')
+  wait_until(lambda: checkpoint_step(logdir) == 0)
+  before = hashes(logdir)
+  code, output = run(*TOY, f'--logdir={logdir}', '--total_environment_frames=9')
+  assert code == 2
+  assert f'Another training uses {logdir}' in output
+  assert f'process {first.process.pid} on ' in output
+  assert len(output.splitlines()) == 1
+  after = hashes(logdir)
+  for files in (before, after):
+    for name in [name for name in files if 'tfevents' in name]:
+      del files[name]
+  assert after == before
+  # A test may run beside it.
+  code, output = run(
+    *TOY, f'--logdir={logdir}', '--mode=test', '--test_num_episodes=1'
+  )
+  assert code == 0, output
+  assert first.process.poll() is None
+  first.process.kill()
+  first.finish()
+  code, output = run(
+    *TOY, f'--logdir={logdir}', '--total_environment_frames=20'
+  )
+  assert code == 0, output
+  assert not (logdir / 'training.lock').exists()
+
+
+_SERVER = (
+  'import json, sys, tensorflow.compat.v1 as tf; '
+  "tf.train.Server(json.loads(sys.argv[1]), 'other', 0).join()"
+)
+
+
+class Sums:
+  """What `LearnerLoop` needs of `Metrics`."""
+
+  global_step = 0
+
+  def add(self, value):
+    self.global_step = int(value)
+
+
+def free_address():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return f'localhost:{free.getsockname()[1]}'
+
+
+def test_lost_session_ends_the_learner_with_its_error():
+  """A monitored session would silently begin anew in another session."""
+  cluster = {'learner': [free_address()], 'other': [free_address()]}
+  other = subprocess.Popen([sys.executable, '-c', _SERVER, json.dumps(cluster)])
+  try:
+    target = tf.train.Server(cluster, 'learner', 0).target
+    with tf.Graph().as_default():
+      with tf.device('/job:learner'):
+        step = tf.train.get_or_create_global_step()
+      with tf.device('/job:other'):
+        one = tf.size(tf.random.uniform([1]), out_type=tf.int64)
+      update = step.assign_add(one, read_value=True)
+      metrics, coord = Sums(), tf.train.Coordinator()
+      session = tf.train.MonitoredTrainingSession(
+        target, stop_grace_period_secs=1
+      )
+      learner = experiment.LearnerLoop(session, update, metrics, coord)
+      learner.start()
+      wait_until(lambda: metrics.global_step > 10)
+      other.kill()
+      learner.join(timeout=60)
+      assert not learner.is_alive()
+      assert isinstance(learner.error, experiment.SessionLost)
+      assert coord.should_stop()
+  finally:
+    other.kill()
+    other.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 40 MB: a checkpoint has 8."""
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=40m', 'none', str(disk)]
+  if os.geteuid() or subprocess.run(mount, check=False).returncode:
+    pytest.skip('Disks can not be mounted here.')
+  yield disk
+  subprocess.run(['umount', str(disk)], check=True)
+
+
+def fill(disk):
+  """Writes a file until the disk is full; returns it."""
+  file = disk / 'large'
+  with contextlib.suppress(OSError), open(file, 'wb', buffering=0) as large:
+    while True:
+      large.write(bytes(100_000))
+  return file
+
+
+def test_full_disk_loses_neither_training_nor_checkpoints(small_disk):
+  logdir = small_disk / 'log'
+  program = training(
+    logdir, '--test_interval_frames=500', '--test_num_episodes=1'
+  )
+  large = fill(small_disk)
+  line = program.wait_for('can not be saved')
+  assert 'No space left on device' in line
+  kept = checkpoints.latest(str(logdir))
+  assert str(checkpoints.read(kept)[1]) in kept
+  large.unlink()
+  wait_until(lambda: checkpoints.latest(str(logdir)) != kept)
+  # And at the end of the training.
+  fill(small_disk)
+  kept = checkpoints.latest(str(logdir))
+  program.process.send_signal(signal.SIGTERM)
+  assert program.finish() == 1, program.output
+  assert 'Traceback' not in program.output
+  assert 'make room' in program.output.splitlines()[-1]
+  assert checkpoints.latest(str(logdir)) == kept
+  names = {path.name.rpartition('.')[0] for path in logdir.glob('model*')}
+  assert len(names) == len(list(logdir.glob('model*.index')))
+  code, output = run(*TOY, f'--logdir={logdir}')
+  assert code == 2
+  assert 'can not be written (No space left on device)' in output
+  assert checkpoints.latest(str(logdir)) == kept
 
 
 def environment_of(program):
@@ -140,7 +362,7 @@ def test_environment_that_raises_ends_training_with_its_traceback(tmp_path):
     *TOY,
     f'--logdir={tmp_path / "log"}',
     '--level_name=gym:faulty:Faulty-v0',
-    path=f'{tmp_path}:{TESTS}',
+    cwd=tmp_path,  # Where the module is.
   )
   assert code == 1
   assert 'ArithmeticError: a fault of mine' in output
@@ -172,6 +394,10 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     assert 'holds the checkpoint of another agent' in output
     assert difference in output
     assert len(output.splitlines()) == 1
+  # The same variables, but they have learned what this changes.
+  code, output = run(*TOY, f'--logdir={logdir}', '--num_action_repeats=4')
+  assert code == 2
+  assert 'was trained with the --num_action_repeats 1, here it is 4' in output
   assert files == {path.name: path.read_bytes() for path in logdir.iterdir()}
 
 
@@ -191,6 +417,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--task=1', 'has no --task=1'),
     ('--learner_address=here', 'is no host:port'),
     ('--learner_address=here:70000', 'is no host:port'),
+    ('--learner_address=::1:8000', 'is no host:port'),
     ('--seed=-1', 'seed'),
     ('--mode=test', 'no checkpoint'),
     ('--checkpoint=model.ckpt-1', '--mode=test'),
