@@ -157,6 +157,9 @@ def prepare(logdir, checkpoint):
     logdir: folder of the training.
     checkpoint: what `latest` returned.
   """
+  # Of checkpoints that a killed training was about to save.
+  for unfinished in glob.glob(f'{glob.escape(logdir)}/model.ckpt-*_temp'):
+    shutil.rmtree(unfinished, ignore_errors=True)
   path = os.path.join(logdir, _STATE)
   if checkpoint is None:
     with contextlib.suppress(FileNotFoundError):

@@ -24,8 +24,7 @@ def prepare_output():
   What it doesn't have, in the name of a folder for example, is escaped.
   """
   for stream in (sys.stdout, sys.stderr):
-    if stream is not None:  # It was closed before the program began.
-      stream.reconfigure(errors='backslashreplace')
+    stream.reconfigure(errors='backslashreplace')
 
 
 def print_line(line):
@@ -64,7 +63,7 @@ class Console:
       unit=f' {unit}',
       unit_scale=total > 10_000,
       dynamic_ncols=True,
-      disable=sys.stderr is None or not sys.stderr.isatty(),
+      disable=not sys.stderr.isatty(),
     )
     self._last = (time.monotonic(), done)
 

@@ -848,6 +848,14 @@ def _run_training(game, actors, update, queue, signals):
       # saving a last checkpoint.
       if learner.error:
         raise learner.error
+      if saver.error:
+        # The session saves the last checkpoint, unless it tried just before.
+        saver.save(
+          actors.session,
+          os.path.join(FLAGS.logdir, 'model.ckpt'),
+          metrics.global_step,
+          write_meta_graph=False,
+        )
     # The session's end keeps some errors of other threads to itself.
     actors.coord.raise_requested_exception()
   finally:
@@ -1380,7 +1388,8 @@ def main(_):
 
 
 def _exit(error, code):
-  print(f'experiment.py: {error}', file=sys.stderr)
+  with contextlib.suppress(OSError):  # Nobody may be there to read it.
+    print(f'experiment.py: {error}', file=sys.stderr)
   sys.exit(code)
 
 

@@ -35,14 +35,23 @@ def lock(logdir):
     UserError: another training has it, or the folder can't be written.
   """
   path = os.path.join(logdir, _LOCK)
-  with _open_locked(path, logdir) as file:
+  try:
+    file = _open_locked(path, logdir)
+  except OSError as error:
+    raise UserError(
+      f'{path} can not be written ({error.strerror}): make it writable, or '
+      'give another --logdir.'
+    ) from None
+  with file:
     try:
       file.truncate(0)
-      file.write(
-        f'process {os.getpid()} on {socket.gethostname()}, since '
-        f'{time.strftime("%Y-%m-%d %H:%M:%S")}'
-      )
-      file.flush()
+      # On a full disk, it has no owner's name.
+      with contextlib.suppress(OSError):
+        os.write(
+          file.fileno(),
+          f'process {os.getpid()} on {socket.gethostname()}, since '
+          f'{time.strftime("%Y-%m-%d %H:%M:%S")}'.encode(),
+        )
       yield
     finally:
       # The folder may have been moved, and another one be in its place.

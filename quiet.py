@@ -10,8 +10,23 @@ import sys
 @contextlib.contextmanager
 def start():
   """To import TensorFlow in; drops what it tells, unless run with -v=1."""
+  _open_standard_streams()
   with _without_keras(), _without_messages():
     yield
+
+
+def _open_standard_streams():
+  """Leads those that the program was started without to nowhere.
+
+  Else a file would get the descriptor, and what libraries print.
+  """
+  fd = 0
+  while fd <= 2:
+    fd = os.open(os.devnull, os.O_RDWR)
+  os.close(fd)
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
 
 
 @contextlib.contextmanager

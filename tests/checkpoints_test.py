@@ -117,7 +117,11 @@ def test_last_complete_checkpoint_is_found(logdir, damage, step, told, caplog):
   assert (caplog.text == '') == (told is None)
   assert (told or '') in caplog.text
   # TensorFlow itself finds it too, once the folder is prepared.
+  unfinished = logdir / 'model.ckpt-500_temp'
+  unfinished.mkdir()
+  (unfinished / 'part-00000-of-00001.index').touch()
   checkpoints.prepare(str(logdir), expected)
+  assert not unfinished.exists()
   logdir = logdir.rename(logdir.parent / 'plain')
   assert tf.train.latest_checkpoint(str(logdir)) == (
     f'{logdir}/model.ckpt-{step}'

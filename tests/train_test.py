@@ -413,6 +413,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
     ('--level_name=gym:CartPole-v1', 'image'),
     ('--logdir=/proc/log', '/proc/log can not be written'),
+    ('--logdir=/tmp/\udcff', 'is not UTF-8'),
     ('--job_name=actor', 'needs a --task'),
     ('--task=1', 'has no --task=1'),
     ('--learner_address=here', 'is no host:port'),
