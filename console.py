@@ -16,6 +16,7 @@ import tqdm
 
 REPORT_SECONDS = 30  # Between two reports.
 _POLL_SECONDS = 0.5  # Signals are handled between two waits, so: short ones.
+_SAME_SECONDS = 1  # Within these, a signal is the same one sent twice.
 
 
 def prepare_output():
@@ -144,18 +145,22 @@ def stop_signals():
   """Collects the signals that end a run; the second one ends the program.
 
   These are SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal is gone) unless
-  that is ignored, as with nohup.
+  that is ignored, as with nohup. Some programs, `timeout` for one, send a
+  signal to the process and once more to its group: these two count as one.
 
   Yields:
     List of the `signal.Signals` that came.
   """
-  received = []
+  received, times = [], []
 
   def receive(number, _):
-    if received:
+    now = time.monotonic()
+    if not received:
+      received.append(signal.Signals(number))
+      times.append(now)
+    elif now > times[0] + _SAME_SECONDS:
       # Environment processes notice by themselves.
       os._exit(128 + number)
-    received.append(signal.Signals(number))
 
   numbers = [signal.SIGINT, signal.SIGTERM]
   if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

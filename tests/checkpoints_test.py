@@ -159,6 +159,7 @@ def test_saver_deletes_old_checkpoints_of_its_own_folder_alone(saved, logdir):
       session, f'{logdir}/model.ckpt', 400, write_meta_graph=False
     )
   assert path == f'{logdir}/model.ckpt-400'
+  assert '/' not in (logdir / 'checkpoint').read_text()
   assert {path.name for path in logdir.glob('*.index')} == {
     f'model.ckpt-{number}.index' for number in (40, 300, 400)
   }

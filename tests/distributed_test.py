@@ -44,9 +44,9 @@ def free_port():
 class Tasks:
   """Tasks of one training; those that still run at the end are killed."""
 
-  def __init__(self, logdir):
+  def __init__(self, logdir, host='localhost'):
     self.logdir = str(logdir)
-    self.address = f'localhost:{free_port()}'
+    self.address = f'{host}:{free_port()}'
     self._programs = []
 
   def __enter__(self):
@@ -129,13 +129,24 @@ def test_unrolls_for_another_learner_do_not_count():
   assert values['unrolls_per_actor_mean'] == 12
 
 
+def ipv6_host():
+  """Returns this host by IPv6, or, where there is none, by its name."""
+  try:
+    with socket.socket(socket.AF_INET6) as listener:
+      listener.bind(('::1', 0))
+  except OSError:
+    return 'localhost'
+  return '[::1]'
+
+
 def test_tasks_train_to_the_last_frame_and_end(tmp_path):
-  with Tasks(tmp_path) as tasks:
+  with Tasks(tmp_path, ipv6_host()) as tasks:
     # Actors may come first.
     actors = [tasks.actor(0), tasks.actor(1, '--environments_per_actor=3')]
     impatient = tasks.actor(2)
     for task, actor in enumerate([*actors, impatient]):
-      actor.wait_for(f'Actor {task} waits for the learner at {tasks.address}')
+      line = actor.wait_for(f'Actor {task} waits for the learner')
+      assert tasks.address in line
     impatient.process.send_signal(signal.SIGTERM)
     assert impatient.finish() == 0, impatient.output
     assert 'Traceback' not in impatient.output

@@ -92,6 +92,7 @@ def test_signal_saves_a_checkpoint_and_leaves_nothing(tmp_path, number):
   assert len(below) >= 3  # A fork server and two environments.
   before = checkpoint_step(logdir)
   program.process.send_signal(number)
+  program.process.send_signal(number)  # As `timeout` does.
   assert program.finish() == 0, program.output
   assert f'{number.name}: saving a checkpoint' in program.output
   saved = checkpoint_step(logdir)
