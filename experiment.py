@@ -882,7 +882,8 @@ def _report_end(metrics, num_updates, save_error):
       else f'mean return {mean_return:.2f}'
     )
   else:
-    line = f'The agent was trained for {frames:,} of {total:,} frames before'
+    line = f'The agent had {frames:,} frames of training before, '
+    line += f'--total_environment_frames is {total:,}'
   goes_on = (
     'to train on, give a higher --total_environment_frames'
     if frames >= total
