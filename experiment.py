@@ -982,6 +982,7 @@ def train():
     agent = _new_agent(game)
     prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
     actors, update, queue = prepare(game, agent)
+    py_process.reserve_descriptors(len(actors.processes))
     _make_folder('logdir', FLAGS.logdir)
     with log_folder.lock(FLAGS.logdir):
       _prepare_log_folder(game, description)

@@ -86,3 +86,17 @@ def test_environments_that_hang_or_exit_are_restarted(tmp_path, step, reason):
   assert f'{reason}. It was restarted 1 times before' in output
   assert 'Traceback' not in output
   assert checkpoint_step(logdir) is not None
+
+
+def test_too_few_descriptors_are_told_before_anything_is_made(tmp_path):
+  logdir = tmp_path / 'log'
+  code, output = run(
+    *TOY,
+    f'--logdir={logdir}',
+    '--num_actors=16',
+    prefix=('prlimit', '--nofile=60:60'),
+  )
+  assert code == 1
+  assert 'open files for 16 environment processes, but may have 60' in output
+  assert len(output.splitlines()) == 1
+  assert not logdir.exists()
