@@ -258,7 +258,11 @@ def _lay_out(string, dtypes, arrays):
 
 @functools.lru_cache(maxsize=32)
 def _parse(header):
-  """Returns the `_Layout` of the message with a header."""
+  """Returns the `_Layout` of the message with a header.
+
+  Raises:
+    ValueError, LookupError, StopIteration: it isn't one.
+  """
   (size,) = _WORD.unpack_from(header)
   begin, end = _WORD.size, _WORD.size + size
   string = header[begin:end].decode()
@@ -273,7 +277,12 @@ def _parse(header):
     dtype = _DTYPES_BY_NUMBER[next(words)]
     shape = take(next(words))
     num_pieces = math.prod(shape) if dtype is _STRINGS else 1
-    arrays.append((dtype, shape, take(num_pieces)))
+    sizes = take(num_pieces)
+    if len(sizes) != num_pieces or min(sizes, default=0) < 0:
+      raise ValueError('A broken message: sizes of pieces are missing.')
+    if dtype is not _STRINGS and sizes[0] != dtype.itemsize * math.prod(shape):
+      raise ValueError('A broken message: an array is not of its shape.')
+    arrays.append((dtype, shape, sizes))
   return _lay_out(string, dtypes, tuple(arrays))
 
 
@@ -336,10 +345,21 @@ class _Channel:
     return layout.string, layout.dtypes, arrays
 
   def read_layout(self, bell):
-    """Returns the `_Layout` of the message that a bell announces."""
+    """Returns the `_Layout` of the message that a bell announces.
+
+    Raises:
+      ValueError, LookupError, StopIteration: the message is broken.
+    """
     header_size, size = _BELL.unpack(bell)
+    if not 0 <= header_size <= size:
+      raise ValueError('A broken message: its header is larger than all of it.')
     self._reserve(size)
-    return _parse(self._memory[:header_size])
+    header = self._memory[:header_size]
+    layout = _parse(header)
+    # All that is copied by it is then inside of the message.
+    if layout.bell != bell or layout.header != header:
+      raise ValueError('A broken message: sizes and contents differ.')
+    return layout
 
   def answer(self, result, dtypes):
     """Sends the result of a method.

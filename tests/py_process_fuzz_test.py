@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Sends broken answers to calls; `make sanitize` watches what they do.
+"""Sends broken messages to both ends of a line; `make sanitize` watches them.
 
 The messages are right ones with some words replaced, the same in every run.
 """
@@ -9,15 +9,19 @@ import os
 import random
 import socket
 import struct
+import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
 import py_process
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
 _PATIENCE = 60  # Seconds after which a wait counts as a hang.
-_ROUNDS = 300
+_ROUNDS = 1000
 _WORDS = [0, 1, 2, 3, 7, 8, 24, 300, 2**20, 2**31, 2**62, 2**63 - 1]
 
 pytestmark = pytest.mark.skipif(
@@ -113,3 +117,39 @@ def test_broken_answers_fail_their_call_alone():
       channel.close()
       theirs.close()
   assert outcomes >= {'results', 'InternalError', 'InvalidArgumentError'}
+
+
+class Echo:
+  """Returns what it gets."""
+
+  def method(self, strings, matrix, number):
+    return strings, matrix, number
+
+
+def test_broken_requests_do_not_crash_the_process():
+  rng = random.Random(2)
+  layout = right_message('method', (7, 1, 9))
+  process = py_process.PyProcess(Echo)
+  process.start()
+  outcomes = set()
+  for i in range(_ROUNDS):
+    if i % 10 == 0:
+      header, bell = layout.header, layout.bell
+    else:
+      header, bell = broken(rng, layout.header, layout.size)
+    channel = process._channel
+    channel._connection.settimeout(_PATIENCE)
+    write(channel, layout, header, bell)
+    try:
+      error, _, results = channel.receive()
+    except (EOFError, ConnectionError):
+      assert i % 10 != 0
+      outcomes.add('end')
+      assert process.exit_code(_PATIENCE) >= 0  # Not by a signal.
+      process.restart()
+      continue
+    outcomes.add('error' if error else 'results')
+    if i % 10 == 0:
+      assert [np.shape(result) for result in results] == [(2,), (2, 3), ()]
+  process.close()
+  assert outcomes >= {'results', 'error'}
