@@ -678,8 +678,8 @@ def build(size):
   places = tf.Variable(tf.zeros([1, size // 2, size // 2, 16], tf.uint8))
   weights = [tf.ones([3, 3, 3, 16])]
   gradient = ops.torso_section_gradient(
-    output, frames, weights, [output], places, num_frames_gradients=0,
-    precision=tf.float32,
+    output, frames, weights, [output], places, [], num_frames_gradients=0,
+    precision=tf.float32, limit=0.0,
   )
   results = [
     convolution.section(frames, weights, [tf.zeros([16])]).op,
