@@ -205,9 +205,20 @@ def test_dmlab_seeds_differ_between_episodes_and_reproduce(seeds):
 
 def test_dmlab_takes_each_action_of_the_paper(lab):
   specs = lab.Lab('seekavoid_arena_01', []).action_spec()
+  # Table D.2: look left or right, look down or up, strafe, move, fire, jump,
+  # crouch.
+  assert environments.DEFAULT_ACTION_SET == (
+    (0, 0, 0, 1, 0, 0, 0),  # Forward.
+    (0, 0, 0, -1, 0, 0, 0),  # Backward.
+    (0, 0, -1, 0, 0, 0, 0),  # Strafe left.
+    (0, 0, 1, 0, 0, 0, 0),  # Strafe right.
+    (-20, 0, 0, 0, 0, 0, 0),  # Look left.
+    (20, 0, 0, 0, 0, 0, 0),  # Look right.
+    (-20, 0, 0, 1, 0, 0, 0),  # Look left and move forward.
+    (20, 0, 0, 1, 0, 0, 0),  # Look right and move forward.
+    (0, 0, 0, 0, 1, 0, 0),  # Fire.
+  )
   action_set = np.array(environments.DEFAULT_ACTION_SET)
-  assert action_set.shape == (9, 7)
-  assert len(np.unique(action_set, axis=0)) == 9
   for action in action_set:  # int64: the graph's int32 is no matter of course.
     for value, spec in zip(action, specs, strict=True):
       assert spec['min'] <= value <= spec['max']

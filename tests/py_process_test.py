@@ -1439,22 +1439,34 @@ def test_signal_handlers_run_while_the_program_does_not_call(tmp_path):
 
 
 def test_signal_during_an_answer_is_handled_after_it(tmp_path):
+  """The handler waits for the caller, who must have the answer by then."""
+
   class Large(Base):
     SPECS = {'get': ArraySpec((None,), np.uint8)}
 
-    def __init__(self, path):
-      self._path = path
+    def __init__(self, folder):
+      self._folder = folder
       self._array = np.zeros(100_000_000, np.uint8)  # Is copied for some time.
-      signal.signal(signal.SIGALRM, lambda *_: open(self._path, 'w').close())
+      signal.signal(signal.SIGALRM, self._handle)
 
     def get(self, seconds):
       signal.setitimer(signal.ITIMER_REAL, seconds)
       return self._array
 
-  process = _start(Large, str(tmp_path / 'handled'))
+    def _handle(self, *_):
+      answered = os.path.join(self._folder, 'answered')
+      deadline = time.monotonic() + _PATIENCE / 2
+      while not os.path.exists(answered) and time.monotonic() < deadline:
+        time.sleep(0.01)
+      name = 'after' if os.path.exists(answered) else 'before'
+      open(os.path.join(self._folder, name), 'w').close()
+
+  process = _start(Large, str(tmp_path))
   process.call('get', 0.0)
-  process.call('get', 0.003)
-  _eventually((tmp_path / 'handled').exists)
+  assert process.call('get', 0.003).size == 100_000_000
+  (tmp_path / 'answered').touch()
+  _eventually(lambda: list(tmp_path.iterdir()) != [tmp_path / 'answered'])
+  assert (tmp_path / 'after').exists()
 
 
 # --- Concurrency ------------------------------------------------------------

@@ -364,6 +364,33 @@ def test_loss_that_is_not_finite_ends_training_and_keeps_checkpoint(tmp_path):
   assert checkpoint_step(logdir) == 40
 
 
+def test_optimizer_and_learning_rate_go_on(tmp_path):
+  """After 300 updates, a single one more."""
+  logdir = str(tmp_path / 'log')
+  for frames in (3000, 3010):
+    code, output = run(
+      *TOY,
+      f'--logdir={logdir}',
+      f'--total_environment_frames={frames}',
+      '--learning_rate=0.001',
+      '--decay=0.99',
+    )
+    assert code == 0, output
+  rates = plot.read_scalars(logdir)['learning_rate']
+  assert rates[-1, 0] == 3010
+  np.testing.assert_allclose(rates[-1, 1], 0.001 * 10 / 3010, rtol=1e-4)
+  before, after = (
+    tf.train.load_variable(
+      f'{logdir}/model.ckpt-{frames}', 'agent/policy_logits/w/RMSProp'
+    )
+    for frames in (3000, 3010)
+  )
+  # They begin with 1. An update adds a hundredth of the squared gradient.
+  assert before.min() < 0.1
+  assert np.all(after >= 0.99 * before * (1 - 1e-5))
+  assert after.min() < 0.1
+
+
 def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
   logdir = tmp_path / 'log'
   frames = ['--total_environment_frames=40']
