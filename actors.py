@@ -108,7 +108,19 @@ class ActorLoops(Actors):
     py_process.close_all(self.processes)
 
   def begin(self):
-    py_process.start_all(self.processes)
+    try:
+      py_process.start_all(self.processes)
+    except py_process.ProcessError as error:
+      failure = py_process.failure(error)
+      if failure is None or error.process is None:
+        raise
+      # What fails at its first start is no accident: no restart would help.
+      if failure.traceback:
+        logging.error('%s', failure.traceback)
+      actor = self.processes.index(error.process)
+      raise py_process.ProcessError(
+        self._describe(actor, failure, None)
+      ) from None
 
   def after_create_session(self, session, coord):
     self.session, self.coord = session, coord

@@ -15,8 +15,8 @@ import tensorflow.compat.v1 as tf
 import convolution
 import private_apis
 
-# Sonnet asks once whether TensorFlow 2 is on, and would take a graph for a no.
-# After a first module outside of any graph it builds modules anywhere.
+# Sonnet checks once whether TensorFlow 2 is enabled. Inside of a graph, this
+# check wrongly says no: so the first module is made here, outside of any.
 snt.Module()
 
 AgentOutput = collections.namedtuple(
@@ -184,7 +184,7 @@ class FrameStatistics(snt.Module):
   """Mean and deviation of each pixel of the frames that were learned from.
 
   Frames of most environments look much alike: what matters in them is small,
-  next to what never changes. Pixels of mean 0 and deviation 1 show the former.
+  next to what never changes. Pixels of mean 0 and deviation 1 make it visible.
   """
 
   # Neighbours in an unroll differ little, so these many steps lie between two

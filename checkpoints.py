@@ -30,7 +30,11 @@ _STATE = 'checkpoint'
 _READ_ERRORS = (tf.errors.OpError, ValueError, IndexError, OSError)
 
 # What agents were that are older than these flags.
-_OLDER_FLAGS = {'core': 'lstm', 'normalize_frames': False}
+_OLDER_FLAGS = {
+  'core': 'lstm',
+  'normalize_frames': False,
+  'optimizer': 'rmsprop',
+}
 
 # --- Saving -----------------------------------------------------------------
 
@@ -284,7 +288,7 @@ def _read(checkpoint):
   with _plain_path(checkpoint) as path:
     reader = tf.train.load_checkpoint(path)
     shapes = reader.get_variable_to_shape_map()
-    # Only this compares the checksums.
+    # Checksums are compared only when values are read.
     values = {name: reader.get_tensor(name) for name in shapes}
   if 'global_step' not in values:
     raise ValueError('it has no global_step')
@@ -310,8 +314,8 @@ def check_agent(shapes, place):
       raise UserError(
         f'{place} holds the checkpoint of another agent: its {name} is '
         f'{shapes.get(name, "missing")}, here it is {ours}. Give another '
-        '--logdir, or the --level_name, --torso, --height and --width that it '
-        'was trained with.'
+        '--logdir, or the --level_name, --torso, --core, --normalize_frames, '
+        '--optimizer, --height and --width that it was trained with.'
       )
 
 

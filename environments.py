@@ -73,8 +73,8 @@ import gym_kinds
 import py_process
 
 # What an environment says of itself in the graph, one entry per agent step or,
-# where `truncated`, for a reset after an episode was cut off: see above. By
-# default the last two are empty, for who needs no more than the release's four.
+# where `truncated`, for a reset after an episode was cut off: see above. Where
+# only the agent reads it, the last two may be left out.
 StepOutput = collections.namedtuple(
   'StepOutput',
   'reward info done observation game_over truncated',

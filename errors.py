@@ -4,6 +4,7 @@
 In: exceptions, exit codes of processes. Out: one sentence each.
 """
 
+import contextlib
 import re
 import signal
 
@@ -13,29 +14,25 @@ class UserError(Exception):
 
 
 def describe_exit(exit_code):
-  """Returns how a process ended; -N is the exit code of signal N."""
-  if exit_code >= 0:
-    return f'exit code {exit_code}'
-  return f'exit code {exit_code} ({signal.Signals(-exit_code).name})'
+  """Returns how a process ended.
+
+  Args:
+    exit_code: int, -N if signal N ended it; None if it has not ended yet.
+  """
+  if exit_code is None:
+    return 'no exit code yet'
+  with contextlib.suppress(ValueError):  # It is none, or has no name.
+    return f'exit code {exit_code} ({signal.Signals(-exit_code).name})'
+  return f'exit code {exit_code}'
 
 
 def explain(error):
-  """Returns the whole message of an error, without what leads to it.
+  """Returns the whole message of an error, without what TensorFlow adds.
 
-  Args:
-    error: exception. Its text may have a traceback, as those of environment
-      processes, or what TensorFlow adds: where the operation was made, and its
-      node.
-
-  Returns:
-    String, of several lines if the message has several.
+  That is where the operation was made, and its node.
   """
   # TensorFlow's errors keep theirs in an attribute.
   text = getattr(error, 'message', None) or str(error)
   text = re.split(r'\n\s*\[\[\{\{node ', text)[0]
   text = re.split(r"(?m)^Node: '.*'\n", text)[-1]
-  # The last frame's lines of code are indented, the message is not.
-  frames = re.split(r'(?m)^  File ".*", line \d+.*\n', text)
-  if len(frames) > 1:
-    text = re.sub(r'\A(\s.*\n)+', '', frames[-1])
   return text.strip().rstrip('.') or type(error).__name__

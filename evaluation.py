@@ -12,6 +12,7 @@ the number of actors, on interruptions, or on how long episodes take.
 import collections
 import contextlib
 import csv
+import errno
 import functools
 import importlib.metadata
 import json
@@ -129,8 +130,8 @@ class Results:
     """
     line = _json_line({'level': level, **episode._asdict()})
     with self._lock:
-      with _explain_write_errors(self.path), open(self._log, 'ab') as file:
-        file.write(line)
+      with _explain_write_errors(self.path):
+        _append(self._log, line)
       self._episodes[level][episode.number] = episode
 
   def give_up(self, level, reason):
@@ -342,6 +343,18 @@ def _explain_write_errors(path):
       f'The results {path}.* can not be written ({error.strerror}): mend this; '
       'the same command plays the missing episodes.'
     ) from None
+
+
+def _append(path, line):
+  """Appends to a file all of a line, or on an error nothing."""
+  with open(path, 'ab', buffering=0) as file:
+    size = os.fstat(file.fileno()).st_size
+    try:
+      if file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+      file.truncate(size)
+      raise
 
 
 def _statistics(level, returns, reference, missing):
@@ -595,9 +608,10 @@ class TestLoops(tf.train.SessionRunHook):
     """Plays an episode in a process that is started for it."""
     process = self._processes[episode]
     try:
-      process.start()
+      # Before its start: `stop` ends a constructor that hangs as well.
       with self._lock:
         self._running.add(process)
+      process.start()
       return self._play(episode)
     finally:
       with self._lock:
@@ -658,6 +672,8 @@ class TestLoops(tf.train.SessionRunHook):
     failure = py_process.failure(error)
     if failure is None:
       return explain(error)
+    if failure.traceback:
+      logging.error('%s', failure.traceback)
     if failure.reason == 'died':
       exit_code = self._processes[episode].exit_code(timeout=1.0)
       return f'its process died with {describe_exit(exit_code)}'

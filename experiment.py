@@ -341,7 +341,7 @@ _RUN_FLAGS = (
 )
 # Nor these, of the machine that it runs on.
 _MACHINE_FLAGS = ('num_actors', 'precision')
-# How a training is looked after. These and the first don't change what it
+# How a training is looked after. Neither these nor `_RUN_FLAGS` change what it
 # learns: all others are its settings.
 _UPKEEP_FLAGS = (
   'dataset_path',
@@ -533,26 +533,9 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
   agent_outputs, env_outputs = _index(
     (agent_outputs, env_outputs), slice(1, None)
   )
-  # Many small operations: an accelerator would only be slower.
-  with tf.device('/cpu'):
-    vtrace_returns = vtrace.from_logits(
-      behaviour_policy_logits=agent_outputs.policy_logits,
-      target_policy_logits=learner_outputs.policy_logits,
-      actions=agent_outputs.action,
-      discounts=tf.cast(~env_outputs.done, tf.float32) * FLAGS.discounting,
-      # Nothing is learned from an entry that only resets, see `environments`.
-      rewards=tf.where(
-        env_outputs.truncated,
-        learner_outputs.baseline,
-        _clip_rewards(env_outputs.reward),
-      ),
-      values=learner_outputs.baseline,
-      bootstrap_value=last_output.baseline,
-      clip_rho_threshold=FLAGS.clip_rho_threshold or None,
-      clip_pg_rho_threshold=FLAGS.clip_pg_rho_threshold or None,
-      lambda_=FLAGS.vtrace_lambda,
-    )
-
+  vtrace_returns = _build_vtrace(
+    learner_outputs, agent_outputs, env_outputs, last_output.baseline
+  )
   policy_gradient_loss = -tf.reduce_sum(
     vtrace.log_probs_from_logits_and_actions(
       learner_outputs.policy_logits, agent_outputs.action
@@ -590,6 +573,29 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     if name != 'global_step':
       tf.summary.scalar(name, value)
   return output
+
+
+def _build_vtrace(learner_outputs, agent_outputs, env_outputs, bootstrap_value):
+  """Returns the `VTraceFromLogitsReturns` of [T, B]; see `build_learner`."""
+  # Many small operations: an accelerator would only be slower.
+  with tf.device('/cpu'):
+    return vtrace.from_logits(
+      behaviour_policy_logits=agent_outputs.policy_logits,
+      target_policy_logits=learner_outputs.policy_logits,
+      actions=agent_outputs.action,
+      discounts=tf.cast(~env_outputs.done, tf.float32) * FLAGS.discounting,
+      # Nothing is learned from an entry that only resets, see `environments`.
+      rewards=tf.where(
+        env_outputs.truncated,
+        learner_outputs.baseline,
+        _clip_rewards(env_outputs.reward),
+      ),
+      values=learner_outputs.baseline,
+      bootstrap_value=bootstrap_value,
+      clip_rho_threshold=FLAGS.clip_rho_threshold or None,
+      clip_pg_rho_threshold=FLAGS.clip_pg_rho_threshold or None,
+      lambda_=FLAGS.vtrace_lambda,
+    )
 
 
 def _clip_rewards(rewards):
@@ -788,6 +794,7 @@ def _choose_game(num_actions=None):
   Args:
     num_actions: int, of the agent that is to play it, if that is known.
   """
+  py_process.set_call_timeout(FLAGS.environment_timeout_secs or None)
   suite = FLAGS.level_name in levels.SUITES
   settings = environments.Settings(
     height=FLAGS.height if FLAGS['height'].present else None,
@@ -931,7 +938,7 @@ def _take_flags(description, names=None):
         flag.parse(value)
       except flags.Error as error:
         raise UserError(f'Of the training: {error}') from None
-    elif name in _AGENT_FLAGS and flag.value != value:
+    elif name in (*_AGENT_FLAGS, 'optimizer') and flag.value != value:
       raise UserError(
         f'--{name} is {flag.value}, but the agent in {FLAGS.logdir} was '
         f'trained with {value}: leave it out, or give another --logdir.'
@@ -970,11 +977,11 @@ def train():
 
   With actors on this machine, or as the learner task of many.
   """
-  description = checkpoints.find_description(
-    os.path.join(FLAGS.logdir, 'model.ckpt')
-  )
+  checkpoint = checkpoints.latest(FLAGS.logdir)
+  # Without a checkpoint, it is that of a training which failed at its start.
+  description = checkpoint and checkpoints.find_description(checkpoint)
   if description:
-    _take_flags(description, _AGENT_FLAGS)
+    _take_flags(description, (*_AGENT_FLAGS, 'optimizer'))
     game = _choose_game(len(description['action_set']))
   else:
     game = _choose_game()
@@ -1283,6 +1290,7 @@ def act():
     agent = _new_agent(game)
     processes = _create_processes(game, FLAGS.environments_per_actor)
     actor, index = _build_actor_for(game, agent, processes)
+    py_process.reserve_descriptors(len(processes))
     unroll = build_unroll(actor)
     client = cluster.LearnerClient(
       FLAGS.learner_address,
@@ -1371,6 +1379,7 @@ def test():
       max_restarts=FLAGS.max_environment_restarts,
       video_path=_video_path(frames),
     )
+    py_process.reserve_descriptors(loops.num_workers)
     if loops.num_workers:
       print_line(_describe_device('test'))
       with tf.train.MonitoredSession(
@@ -1585,7 +1594,6 @@ def main(_):
   )
   try:
     _check_flags()
-    py_process.set_call_timeout(FLAGS.environment_timeout_secs or None)
     run = act if FLAGS.job_name == 'actor' else train
     {'train': run, 'test': test}[FLAGS.mode]()
   except KeyboardInterrupt:  # Before anything was started.

@@ -146,7 +146,7 @@ class EventWriter:
     """Needn't do anything."""
 
   def _begin(self):
-    # In the order of their names; each only once.
+    # Names sort by time, and none is used twice.
     name = (
       f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.'
       f'{os.getpid()}.{next(self._numbers)}'

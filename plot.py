@@ -83,7 +83,7 @@ def _read_events(path):
   """Yields the events of a file that have metrics or begin a session."""
   with quiet.start():
     import tensorflow.compat.v1 as tf
-  # It advises another reader, which TensorFlow 1 doesn't have.
+  # TensorFlow warns that this reader is deprecated; version 1 has no other.
   tf.logging.set_verbosity(tf.logging.ERROR)
   # The last one may be half written. As bytes, a path needs no encoding.
   with contextlib.suppress(tf.errors.DataLossError):
@@ -107,8 +107,8 @@ def group(logdirs):
       with open(os.path.join(logdir, 'agent.json')) as file:
         # Without the seed, and without what changes nothing that is learned.
         key = json.dumps(json.load(file)['settings'], sort_keys=True)
-    # Of another version.
-    except (FileNotFoundError, KeyError):
+    # Of another version, or damaged.
+    except (OSError, ValueError, LookupError, TypeError):
       key = logdir
     groups.setdefault(key, []).append(logdir)
   return list(groups.values())

@@ -133,7 +133,12 @@ class ArraySpec:
 
 
 class ProcessError(RuntimeError):
-  """The object in the process raised, or the process could not be reached."""
+  """The object in the process raised, or the process could not be reached.
+
+  `process` is the `PyProcess` that could not be started, if it was one.
+  """
+
+  process = None
 
 
 # --- Failures ---------------------------------------------------------------
@@ -477,9 +482,8 @@ def _work(channel, payload, older):
     answer_calls(channel, target)
   if hasattr(target, 'close'):
     target.close()
-  _free_shared_memory(
-    os.getpid(), older
-  )  # While the object still has it mapped.
+  # While the object still has it mapped.
+  _free_shared_memory(os.getpid(), older)
   return 0
 
 
@@ -577,7 +581,7 @@ def _fork(
   modules, payload = pickle.loads(payload)
   for module in modules:
     # One that is missing is reported by the object, which imports it again.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):
       __import__(module)
   server = os.getpid()
   older = _shared_memory_inodes()
@@ -776,6 +780,13 @@ class _ForkServer:
           self._request([status_write, theirs.fileno(), memory_fd])
         finally:
           os.close(status_write)
+      if not _is_readable(status, _call_timeout):
+        # The server imports the modules of the environment, which may hang.
+        self._server.kill()
+        raise ProcessError(
+          f'An environment process took more than {_call_timeout:g} seconds to '
+          f'import {", ".join(modules)}; it was killed.'
+        )
       word = os.read(status, 8)
       if not word:
         raise self._failure()
@@ -789,7 +800,8 @@ class _ForkServer:
   def _request(self, fds):
     with self._lock:
       self._ensure_running()
-      with contextlib.suppress(ConnectionError):  # Told by its silence.
+      # The server may be gone: then `spawn` reads no answer.
+      with contextlib.suppress(ConnectionError):
         socket.send_fds(self._control, [struct.pack('<cq', b's', 0)], fds)
 
   def _failure(self):
@@ -1155,7 +1167,11 @@ def start_all(processes):
     for process in processes:
       process._launch()
     for process in processes:
-      process._await()
+      try:
+        process._await()
+      except ProcessError as error:
+        error.process = process  # For who wants to tell which one it was.
+        raise
   except (OSError, MemoryError) as error:
     close_all(processes)
     shortage = _describe_shortage(error)

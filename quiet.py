@@ -82,9 +82,21 @@ def _shown_after_failures():
   A failure is an exception, or the death of this program. As it can't print
   anything then, a child process waits for its end, and prints.
   """
-  messages = os.memfd_create('messages')
-  success, report = os.pipe()
-  child = os.fork()
+  with contextlib.ExitStack() as stack:
+    try:
+      messages = os.memfd_create('messages')
+      stack.callback(os.close, messages)
+      success, report = os.pipe()
+      stack.callback(os.close, success)
+      stack.callback(os.close, report)
+      child = os.fork()
+    except OSError:  # The system's limits: then nothing is hidden.
+      child = None
+    else:
+      stack.pop_all()
+  if child is None:
+    yield
+    return
   if child == 0:
     os.close(report)  # Else the pipe would never end.
     _show_unless(success, messages)

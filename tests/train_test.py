@@ -18,7 +18,6 @@ import tensorflow.compat.v1 as tf
 from absl import flags
 
 import checkpoints
-import experiment
 import plot
 from helpers import (
   ROOT,
@@ -210,15 +209,43 @@ _SERVER = (
   'import json, sys, tensorflow.compat.v1 as tf; '
   "tf.train.Server(json.loads(sys.argv[1]), 'other', 0).join()"
 )
+# A learner with an operation on another server, which is killed.
+_LEARNER = """
+import json, os, subprocess, sys
+import tensorflow.compat.v1 as tf
+import experiment
+from helpers import wait_until
 
-
-class Sums:
-  """What `LearnerLoop` needs of `Metrics`."""
-
+class Sums:  # What `LearnerLoop` needs of `Metrics`.
   global_step = 0
 
   def add(self, value):
     self.global_step = int(value)
+
+experiment.FLAGS(['learner'])
+cluster = json.loads(sys.argv[1])
+other = subprocess.Popen([sys.executable, '-c', sys.argv[2], sys.argv[1]])
+try:
+  target = tf.train.Server(cluster, 'learner', 0).target
+  with tf.Graph().as_default():
+    with tf.device('/job:learner'):
+      step = tf.train.get_or_create_global_step()
+    with tf.device('/job:other'):
+      one = tf.size(tf.random.uniform([1]), out_type=tf.int64)
+    update = step.assign_add(one, read_value=True)
+    metrics, coord = Sums(), tf.train.Coordinator()
+    session = tf.train.MonitoredTrainingSession(target)
+    learner = experiment.LearnerLoop(session, update, metrics, coord)
+    learner.start()
+    wait_until(lambda: metrics.global_step > 10)
+    other.kill()
+    learner.join(timeout=60)
+    print(type(learner.error).__name__, coord.should_stop(), flush=True)
+finally:
+  other.kill()
+  other.wait()
+  os._exit(0)  # Such a session can't be closed any more.
+"""
 
 
 def free_address():
@@ -230,30 +257,14 @@ def free_address():
 def test_lost_session_ends_the_learner_with_its_error():
   """A monitored session would silently begin anew in another session."""
   cluster = {'learner': [free_address()], 'other': [free_address()]}
-  other = subprocess.Popen([sys.executable, '-c', _SERVER, json.dumps(cluster)])
-  try:
-    target = tf.train.Server(cluster, 'learner', 0).target
-    with tf.Graph().as_default():
-      with tf.device('/job:learner'):
-        step = tf.train.get_or_create_global_step()
-      with tf.device('/job:other'):
-        one = tf.size(tf.random.uniform([1]), out_type=tf.int64)
-      update = step.assign_add(one, read_value=True)
-      metrics, coord = Sums(), tf.train.Coordinator()
-      session = tf.train.MonitoredTrainingSession(
-        target, stop_grace_period_secs=1
-      )
-      learner = experiment.LearnerLoop(session, update, metrics, coord)
-      learner.start()
-      wait_until(lambda: metrics.global_step > 10)
-      other.kill()
-      learner.join(timeout=60)
-      assert not learner.is_alive()
-      assert isinstance(learner.error, experiment.SessionLost)
-      assert coord.should_stop()
-  finally:
-    other.kill()
-    other.wait()
+  result = subprocess.run(
+    [sys.executable, '-c', _LEARNER, json.dumps(cluster), _SERVER],
+    env={**os.environ, 'PYTHONPATH': f'{ROOT}:{TESTS}'},
+    capture_output=True,
+    text=True,
+    timeout=180,
+  )
+  assert result.stdout == 'SessionLost True\n', result.stderr
 
 
 @pytest.fixture
