@@ -7,6 +7,7 @@ and moved: of the paths in TensorFlow's files, only the last part is used.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -202,17 +203,22 @@ def latest(logdir):
       reason = reason or f'{name}: {_describe_damage(path, error)}'
       continue
     if name != first:
-      logging.warning(
-        '%s in %s is damaged or missing: its newest complete checkpoint, %s, '
-        'is used.',
-        f'The checkpoint {first}' if first else 'The file "checkpoint"',
-        logdir,
-        name,
-      )
+      _tell_damage(logdir, first, name)
     return path
   raise UserError(
     f'No checkpoint in {logdir} can be read ({reason}): bring its files back, '
     'or give another --logdir.'
+  )
+
+
+@functools.cache  # Once, however often it is looked for.
+def _tell_damage(logdir, first, name):
+  logging.warning(
+    '%s in %s is damaged or missing: its newest complete checkpoint, %s, '
+    'is used.',
+    f'The checkpoint {first}' if first else 'The file "checkpoint"',
+    logdir,
+    name,
   )
 
 

@@ -100,3 +100,46 @@ def test_too_few_descriptors_are_told_before_anything_is_made(tmp_path):
   assert 'open files for 16 environment processes, but may have 60' in output
   assert len(output.splitlines()) == 1
   assert not logdir.exists()
+
+
+def test_failure_at_the_first_start_is_told_with_actor_and_level(tmp_path):
+  """The level could be looked at, but then it can't be started."""
+  (tmp_path / 'once.py').write_text(
+    textwrap.dedent(f"""
+      import pathlib
+      import gymnasium as gym
+      import toy_gym
+
+      class Once(toy_gym.Toy):
+        def __init__(self, layout):
+          marker = pathlib.Path({str(tmp_path / 'marker')!r})
+          if marker.exists():
+            raise RuntimeError('the second time')
+          marker.touch()
+          super().__init__(layout)
+
+      gym.register('Once-v0', Once, kwargs={{'layout': 'Grey'}})
+    """)
+  )
+  code, output = run(
+    *TOY,
+    f'--logdir={tmp_path / "log"}',
+    '--level_name=gym:once:Once-v0',
+    '--num_actors=1',
+    path=f'{tmp_path}:{TESTS}',
+  )
+  assert code == 1
+  last = output[output.index('experiment.py: ') :]
+  assert 'actor 0 (gym:once:Once-v0, seed ' in last
+  assert 'at its start, raised' in last
+  assert last.rstrip().endswith('RuntimeError: the second time.')
+  # No checkpoint: another command may say what the agent is.
+  (tmp_path / 'marker').unlink()
+  code, output = run(
+    *TOY,
+    f'--logdir={tmp_path / "log"}',
+    '--num_actors=1',
+    '--core=none',
+    '--total_environment_frames=20',
+  )
+  assert code == 0, output

@@ -1,0 +1,20 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tests of how errors are told."""
+
+import pytest
+
+from errors import describe_exit
+
+
+@pytest.mark.parametrize(
+  ('exit_code', 'expected'),
+  [
+    (0, 'exit code 0'),
+    (3, 'exit code 3'),
+    (-9, 'exit code -9 (SIGKILL)'),
+    (-40, 'exit code -40'),  # A real-time signal has no name.
+    (None, 'no exit code yet'),
+  ],
+)
+def test_exits_are_described(exit_code, expected):
+  assert describe_exit(exit_code) == expected
