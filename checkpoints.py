@@ -414,7 +414,8 @@ def load_description(path):
   if checkpoint is None:
     raise UserError(f'{path} holds no trained agent: it has no checkpoint.')
   try:
-    _read(checkpoint)
+    if not is_folder:  # `latest` has read it.
+      _read(checkpoint)
   except _READ_ERRORS as error:
     raise UserError(
       f'{path} holds no trained agent: {_describe_damage(checkpoint, error)}.'

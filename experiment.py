@@ -316,9 +316,10 @@ flags.DEFINE_float(
   lower_bound=0,
 )
 
-# What an agent's network and inputs depend on: a test, or a training that goes
-# on, can't have other values than the training had.
+# What an agent's inputs and the variables of its checkpoints depend on: a test,
+# or a training that goes on, can't have other values than the training had.
 _AGENT_FLAGS = (
+  'optimizer',
   'torso',
   'core',
   'normalize_frames',
@@ -938,7 +939,7 @@ def _take_flags(description, names=None):
         flag.parse(value)
       except flags.Error as error:
         raise UserError(f'Of the training: {error}') from None
-    elif name in (*_AGENT_FLAGS, 'optimizer') and flag.value != value:
+    elif name in _AGENT_FLAGS and flag.value != value:
       raise UserError(
         f'--{name} is {flag.value}, but the agent in {FLAGS.logdir} was '
         f'trained with {value}: leave it out, or give another --logdir.'
@@ -981,7 +982,7 @@ def train():
   # Without a checkpoint, it is that of a training which failed at its start.
   description = checkpoint and checkpoints.find_description(checkpoint)
   if description:
-    _take_flags(description, (*_AGENT_FLAGS, 'optimizer'))
+    _take_flags(description, _AGENT_FLAGS)
     game = _choose_game(len(description['action_set']))
   else:
     game = _choose_game()
@@ -1395,7 +1396,8 @@ def test():
         finally:
           loops.stop()
           results.save()
-  results.save()
+    else:
+      results.save()
   print_line(results.table())
   print_line(f'Results: {results.path}.json, {results.path}.csv')
   if signals:

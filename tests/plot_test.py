@@ -13,8 +13,7 @@ import tensorflow.compat.v1 as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 import plot
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from helpers import ROOT, TOY, run
 
 
 def write(logdir, points, seed=1, flags=(), start=1000.0):
@@ -50,28 +49,10 @@ def test_metrics_are_read_with_the_hours_of_training(tmp_path):
 
 def train(logdir, frames):
   """Trains for real, with small frames and short episodes."""
-  flags = [
-    '--level_name=gym:toy_gym:Grey-v0',
-    '--height=4',
-    '--width=6',
-    '--num_action_repeats=1',
-    '--torso=shallow',
-    '--num_actors=2',
-    '--batch_size=2',
-    '--unroll_length=5',
-    f'--logdir={logdir}',
-    f'--total_environment_frames={frames}',
-  ]
-  result = subprocess.run(
-    [sys.executable, os.path.join(ROOT, 'experiment.py'), *flags],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    timeout=300,
-    check=False,
-    env={**os.environ, 'PYTHONPATH': os.path.join(ROOT, 'tests')},
+  code, output = run(
+    *TOY, f'--logdir={logdir}', f'--total_environment_frames={frames}'
   )
-  assert result.returncode == 0, result.stdout
+  assert code == 0, output
 
 
 def test_frames_after_an_older_checkpoint_are_drawn_once(tmp_path):
