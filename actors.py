@@ -115,8 +115,6 @@ class ActorLoops(Actors):
       if failure is None or error.process is None:
         raise
       # What fails at its first start is no accident: no restart would help.
-      if failure.traceback:
-        logging.error('%s', failure.traceback)
       actor = self.processes.index(error.process)
       raise py_process.ProcessError(
         self._describe(actor, failure, None)
@@ -158,8 +156,6 @@ class ActorLoops(Actors):
       if failure is None:
         raise error
       summary = self._describe(actor, failure, state)
-      if failure.traceback:
-        logging.error('%s', failure.traceback)
       if self._restarts[actor] >= self._max_restarts:
         raise py_process.ProcessError(
           f'{summary} It was restarted {self._restarts[actor]} times before '
@@ -182,7 +178,9 @@ class ActorLoops(Actors):
         error, state = another, None
 
   def _describe(self, actor, failure, state):
-    """Returns a sentence on what happened to an actor's environment."""
+    """Returns a sentence on a failed environment; logs its traceback."""
+    if failure.traceback:
+      logging.error('%s', failure.traceback)
     reason = failure.reason
     if reason == 'died':
       exit_code = self.processes[actor].exit_code(timeout=1.0)
