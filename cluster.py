@@ -9,13 +9,8 @@ and `ParameterSync` that of an actor task.
 
 import collections
 import contextlib
-import ctypes
-import errno
 import json
-import os
 import socket
-import stat
-import struct
 import threading
 import time
 
@@ -24,6 +19,7 @@ import six
 import tensorflow.compat.v1 as tf
 
 import private_apis
+import socket_filter
 from actors import Actors, ActorStatistics
 from console import print_line
 from errors import UserError
@@ -179,6 +175,39 @@ def repeat_refused(session):
   private_apis.wrap_session_run(session, repeat)
 
 
+def read_tf_config(text):
+  """Returns a dict of job, task and addresses by flag, from a TF_CONFIG.
+
+  Raises:
+    UserError: it is not as it has to be.
+  """
+  try:
+    config = json.loads(text)
+    task, cluster = config['task'], config['cluster']
+    values = {
+      'job_name': task['type'],
+      'task': int(task['index']),
+      'learner_address': cluster['learner'][0],
+    }
+    # Actors needn't be listed: more may come.
+    if task['type'] == 'actor' and values['task'] < len(
+      cluster.get('actor', [])
+    ):
+      values['actor_address'] = cluster['actor'][values['task']]
+  except (ValueError, TypeError, LookupError, AttributeError):
+    raise UserError(
+      'TF_CONFIG is not as in {"cluster": {"learner": ["host:port"], "actor": '
+      '["host:port", ...]}, "task": {"type": "actor", "index": 0}}: mend or '
+      'unset it.'
+    ) from None
+  if values['job_name'] not in ('learner', 'actor'):
+    raise UserError(
+      f'The job in TF_CONFIG is {values["job_name"]}, it must be learner or '
+      'actor.'
+    )
+  return values
+
+
 # --- The learner task -------------------------------------------------------
 
 
@@ -207,61 +236,11 @@ def start_server(learner_address, config):
   host, _, port = learner_address.rpartition(':')
   line = f'Actor tasks can join at {learner_address}.'
   if host in ('localhost', '127.0.0.1', '[::1]'):
-    shut_out_other_hosts(int(port))
+    socket_filter.shut_out_other_hosts(int(port))
   else:
     line += ' The port is open on all interfaces, and asks for no password.'
   print_line(line)
   return server.target
-
-
-# A socket filter (bpf(4), kernel's Documentation/networking/filter.txt) that
-# lets in what is sent to 127.0.0.0/8 or ::1: rows of operation, jumps if true
-# and if false, and operand.
-_IP_HEADER = 2**32 - 2**20
-_LOAD_BYTE, _LOAD_WORD, _AND, _IF_EQUAL, _RETURN = 0x30, 0x20, 0x54, 0x15, 6
-_TO_THIS_HOST = (
-  (_LOAD_BYTE, 0, 0, _IP_HEADER),
-  (_AND, 0, 0, 0xF0),
-  (_IF_EQUAL, 0, 2, 0x40),  # IPv4, else to the sixth row.
-  (_LOAD_BYTE, 0, 0, _IP_HEADER + 16),
-  (_IF_EQUAL, 8, 9, 127),
-  (_LOAD_WORD, 0, 0, _IP_HEADER + 24),
-  (_IF_EQUAL, 0, 7, 0),
-  (_LOAD_WORD, 0, 0, _IP_HEADER + 28),
-  (_IF_EQUAL, 0, 5, 0),
-  (_LOAD_WORD, 0, 0, _IP_HEADER + 32),
-  (_IF_EQUAL, 0, 3, 0),
-  (_LOAD_WORD, 0, 0, _IP_HEADER + 36),
-  (_IF_EQUAL, 0, 1, 1),
-  (_RETURN, 0, 0, 2**32 - 1),  # All of the packet.
-  (_RETURN, 0, 0, 0),  # Nothing of it.
-)
-_SO_ATTACH_FILTER = 26
-
-
-def shut_out_other_hosts(port):
-  """Has the kernel drop what other hosts send to a port of this process.
-
-  TensorFlow listens on all interfaces and offers no choice.
-  """
-  rows = b''.join(struct.pack('HBBI', *row) for row in _TO_THIS_HOST)
-  rows = ctypes.create_string_buffer(rows)
-  program = struct.pack('HP', len(_TO_THIS_HOST), ctypes.addressof(rows))
-  for fd in map(int, os.listdir('/proc/self/fd')):
-    # Some are no sockets; the one that listed the folder is closed.
-    with contextlib.suppress(OSError), _socket_of(fd) as listener:
-      if (
-        listener.family in (socket.AF_INET, socket.AF_INET6)
-        and listener.getsockname()[1] == port
-      ):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-
-
-def _socket_of(fd):
-  """Returns a new `socket.socket` for the socket of a file descriptor."""
-  if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-    raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
-  return socket.socket(fileno=os.dup(fd))
 
 
 class ActorRegistry(Actors):

@@ -62,8 +62,10 @@ with quiet.start():
     watch,
   )
   from errors import UserError, explain
+  from learner_loop import SESSION_LOST, LearnerLoop, SessionLost
   from metrics import Metrics
   from player import Player
+  from unrolls import ActorOutput, build_queue, build_staging, build_unroll
 
 __all__ = ['Agent', 'Player', 'build_actor', 'build_learner', 'test', 'train']
 
@@ -356,13 +358,6 @@ _UPKEEP_FLAGS = (
 _NUM_ATARI_ACTIONS = 18  # Of the console; most games have fewer of their own.
 
 _NOT_FINITE = 'The loss or its gradient is not finite'
-
-# An unroll: `env_outputs` and `agent_outputs` have unroll_length + 1 entries,
-# of which the first is the last of the unroll before; `agent_state` is that
-# before the first entry.
-ActorOutput = collections.namedtuple(
-  'ActorOutput', 'level_name agent_state env_outputs agent_outputs'
-)
 
 # --- The actor --------------------------------------------------------------
 
@@ -666,45 +661,7 @@ def _frames_per_update():
   return FLAGS.batch_size * FLAGS.unroll_length * FLAGS.num_action_repeats
 
 
-# --- The way from actors to learner -----------------------------------------
-
-
-class NestQueue:
-  """A `tf.FIFOQueue` of nests of tensors."""
-
-  def __init__(self, capacity, like, name):
-    """Makes a queue for nests with the structure and shapes of `like`.
-
-    Sessions on one server share the queues of the same name.
-    """
-    flat = tf.nest.flatten(like)
-    self._like = like
-    self.queue = tf.FIFOQueue(
-      capacity,
-      [t.dtype for t in flat],
-      [t.shape for t in flat],
-      shared_name=name,
-      name=name,
-    )
-
-  def enqueue(self, nest):
-    return self.queue.enqueue(tf.nest.flatten(nest))
-
-  def dequeue(self):
-    return self._pack(self.queue.dequeue())
-
-  def dequeue_many(self, count):
-    return self._pack(self.queue.dequeue_many(count))
-
-  def _pack(self, flat):
-    return tf.nest.pack_sequence_as(
-      self._like, flat if isinstance(flat, list) else [flat]
-    )
-
-
-# An unroll on its way to the learner; `global_step` is the learner's when the
-# unroll was begun.
-Unroll = collections.namedtuple('Unroll', 'actor_output global_step')
+# --- The way from actors to learner ------------------------------------------
 
 # The results of an update: the `LearnerOutput`; of its batch level_name [B],
 # game_over and info [T, B]; and scalars.
@@ -714,61 +671,10 @@ Update = collections.namedtuple(
 )
 
 
-def build_staging(queue):
-  """Assembles the next batch while the learner works on the last one.
-
-  Args:
-    queue: `NestQueue` of unrolls.
-
-  Returns:
-    A nest of `Unroll`, its outputs time-major: [T + 1, B, ...]; and the seconds
-    that the learner waited for it.
-  """
-  batch = queue.dequeue_many(FLAGS.batch_size)
-  actor_output = batch.actor_output
-  env_outputs, agent_outputs = tf.nest.map_structure(
-    _swap_leading_dims, (actor_output.env_outputs, actor_output.agent_outputs)
-  )
-  batch = batch._replace(
-    actor_output=actor_output._replace(
-      env_outputs=env_outputs, agent_outputs=agent_outputs
-    )
-  )
-  staged = NestQueue(1, batch, 'staged_batches')
-  tf.train.add_queue_runner(
-    tf.train.QueueRunner(staged.queue, [staged.enqueue(batch)])
-  )
-  begin = tf.timestamp()
-  with tf.control_dependencies([begin]):
-    batch = staged.dequeue()
-  with tf.control_dependencies(tf.nest.flatten(batch)):
-    wait_seconds = tf.timestamp() - begin
-  return batch, wait_seconds
-
-
-def _swap_leading_dims(tensor):
-  rank = tensor.shape.rank
-  return tf.transpose(tensor, [1, 0, *range(2, rank)])
-
-
-def build_unroll(actor):
-  """Returns the `Unroll` that a run of the actor plays."""
-  with tf.device('/cpu'):
-    # Read before the first step of the unroll, as the state is fed.
-    return Unroll(actor.output, tf.train.get_global_step().read_value())
-
-
-def build_queue(unroll):
-  """Returns the `NestQueue` of unrolls like `unroll` to the learner."""
-  with tf.device('/cpu'):
-    # The smallest capacity, for a small policy lag and diverse batches.
-    return NestQueue(1, unroll, 'unrolls')
-
-
 def build_training(agent, queue):
   """Returns the `Update` that takes a batch of unrolls from a `NestQueue`."""
   with tf.device('/cpu'):
-    batch, wait_seconds = build_staging(queue)
+    batch, wait_seconds = build_staging(queue, FLAGS.batch_size)
   output = batch.actor_output
   learner = build_learner(
     agent, output.agent_state, output.env_outputs, output.agent_outputs
@@ -1062,13 +968,16 @@ def _run_training(game, actors, update, queue, signals):
       hooks=[actors, tests] if FLAGS.test_interval_frames else [actors],
     ) as session:
       metrics.global_step = int(actors.session.run(tf.train.get_global_step()))
-      learner = LearnerLoop(session, update, metrics, actors.coord)
+      learner = LearnerLoop(
+        *(session, update, metrics, actors.coord),
+        total_frames=FLAGS.total_environment_frames,
+      )
       learner.start()
       _watch_training(actors, metrics, signals, tests)
       actors.coord.request_stop()
       actors.close(learner.error)
       # Ends all waits for the queue; an update under way is finished.
-      with contextlib.suppress(*_SESSION_LOST):
+      with contextlib.suppress(*SESSION_LOST):
         actors.session.run(close_queue)
       learner.join()
       # Raised inside of the session's context, it keeps the session from
@@ -1179,55 +1088,6 @@ def _task_requirements(game):
       'number of actions': len(game.spec.action_set),
     }
   )
-
-
-# The errors after which a monitored session makes a new session.
-_SESSION_LOST = (tf.errors.AbortedError, tf.errors.UnavailableError)
-
-
-class SessionLost(Exception):
-  """The session of a training can't be used any more."""
-
-
-class LearnerLoop(threading.Thread):
-  """Runs updates until the last frame, or until a stop is requested.
-
-  A thread of its own: the main thread must be free to handle signals.
-  """
-
-  def __init__(self, session, update, metrics, coord):
-    super().__init__()
-    self._session = session
-    self._update = update
-    self._metrics = metrics
-    self._coord = coord
-    self.num_updates = 0
-    self.error = None
-
-  def run(self):
-    try:
-      # The hooks that save checkpoints need it, and each thread has its own.
-      with self._session.graph.as_default():
-        while (
-          not self._coord.should_stop()
-          and self._metrics.global_step < FLAGS.total_environment_frames
-        ):
-          self._metrics.add(self._session.run_step_fn(self._run_update))
-          self.num_updates += 1
-    except Exception as error:
-      # The end of the queue, or of the session, isn't the learner's error.
-      if not self._coord.should_stop():
-        self.error = error
-    finally:
-      self._coord.request_stop()
-
-  def _run_update(self, step_context):
-    try:
-      return step_context.run_with_hooks(self._update)
-    except _SESSION_LOST as error:
-      # The monitored session would go on with a new session, unknown to the
-      # threads of this one.
-      raise SessionLost(explain(error)) from error
 
 
 def _watch_training(actors, metrics, signals, tests):
@@ -1537,31 +1397,7 @@ def _check_flags():
 
 def _take_tf_config(text):
   """Sets job, task and addresses as TF_CONFIG, a JSON string, has them."""
-  try:
-    config = json.loads(text)
-    task, cluster = config['task'], config['cluster']
-    values = {
-      'job_name': task['type'],
-      'task': int(task['index']),
-      'learner_address': cluster['learner'][0],
-    }
-    # Actors needn't be listed: more may come.
-    if task['type'] == 'actor' and values['task'] < len(
-      cluster.get('actor', [])
-    ):
-      values['actor_address'] = cluster['actor'][values['task']]
-  except (ValueError, TypeError, LookupError, AttributeError):
-    raise UserError(
-      'TF_CONFIG is not as in {"cluster": {"learner": ["host:port"], "actor": '
-      '["host:port", ...]}, "task": {"type": "actor", "index": 0}}: mend or '
-      'unset it.'
-    ) from None
-  if values['job_name'] not in ('learner', 'actor'):
-    raise UserError(
-      f'The job in TF_CONFIG is {values["job_name"]}, it must be learner or '
-      'actor.'
-    )
-  for name, value in values.items():
+  for name, value in cluster.read_tf_config(text).items():
     flag = FLAGS[name]
     if flag.present and flag.value != value:
       raise UserError(
@@ -1608,7 +1444,7 @@ def main(_):
       print(failure.traceback, file=sys.stderr)
       error = f'An environment process {failure.reason}'
     _exit(error, 1)
-  except (SessionLost, *_SESSION_LOST) as error:
+  except (SessionLost, *SESSION_LOST) as error:
     _exit(
       f"TensorFlow's session was lost ({explain(error)}): training stops. "
       f'Started again, it goes on from the last checkpoint in {FLAGS.logdir}.',

@@ -27,6 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cluster
 import environments
 import experiment
+import unrolls
 from agent import Agent, AgentOutput
 from experiment import tf
 
@@ -47,8 +48,8 @@ def _unroll():
     0, 256, (length, FLAGS.height, FLAGS.width, 3), np.uint8
   )
   float32 = np.float32
-  return experiment.Unroll(
-    experiment.ActorOutput(
+  return unrolls.Unroll(
+    unrolls.ActorOutput(
       level_name=np.array(b'level', object),
       agent_state=(np.zeros(256, float32), np.zeros(256, float32)),
       env_outputs=environments.StepOutput(
@@ -91,7 +92,7 @@ def _be_actors():
       FLAGS.task,
       FLAGS.actor_address,
       specs,
-      lambda: experiment.build_queue(specs),
+      lambda: unrolls.build_queue(specs),
       _REQUIREMENTS,
       [],
     )
@@ -120,9 +121,7 @@ class _Learner:
         (unroll.actor_output.agent_outputs, unroll.actor_output.env_outputs),
       )
       agent.unroll(output[0].action, output[1], agent.initial_state(1))
-      shared = cluster.SharedState(
-        lambda: experiment.build_queue(_specs(unroll))
-      )
+      shared = cluster.SharedState(lambda: unrolls.build_queue(_specs(unroll)))
       batch = shared.queue.dequeue_many(FLAGS.batch_size)
       with tf.control_dependencies(tf.nest.flatten(batch)):
         self._update = shared.publish(agent)
@@ -188,11 +187,11 @@ def _measure(learner, count):
       time.monotonic(),
     )
     time.sleep(FLAGS.seconds)
-    unrolls = learner.num_unrolls - begin
+    received = learner.num_unrolls - begin
     print(
-      f'| {count} | {unrolls / (time.monotonic() - now):.0f} '
-      f'| {1000 * (time.process_time() - cpu) / unrolls:.1f} '
-      f'| {(_sent_and_received() - lo) / unrolls / 1e6:.2f} '
+      f'| {count} | {received / (time.monotonic() - now):.0f} '
+      f'| {1000 * (time.process_time() - cpu) / received:.1f} '
+      f'| {(_sent_and_received() - lo) / received / 1e6:.2f} '
       f'| {(_memory() - before) / count:.1f} '
       f'| {len(os.listdir("/proc/self/task"))} |',
       flush=True,

@@ -18,6 +18,7 @@ from absl.testing import flagsaver
 
 import cluster
 import experiment
+import socket_filter
 from errors import UserError
 from experiment import tf
 from helpers import (
@@ -328,7 +329,7 @@ def test_learner_on_localhost_is_for_this_host_alone():
         pytest.skip('This host has no address but 127.0.0.1.')
       outside = probe.getsockname()[0]
     socket.create_connection((outside, port)).close()
-    cluster.shut_out_other_hosts(port)
+    socket_filter.shut_out_other_hosts(port)
     socket.create_connection(('127.0.0.1', port)).close()
     with pytest.raises(TimeoutError):
       socket.create_connection((outside, port), timeout=0.5)

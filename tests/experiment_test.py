@@ -15,6 +15,7 @@ import convolution
 import environments
 import experiment
 import py_process
+import unrolls
 import vtrace
 from actors import create_processes
 from agent import Agent, AgentOutput
@@ -522,8 +523,8 @@ def unroll_of(value, global_step):
     np.zeros(6, np.float32),
   )
   zeros = np.zeros(256, np.float32)
-  return experiment.Unroll(
-    experiment.ActorOutput(
+  return unrolls.Unroll(
+    unrolls.ActorOutput(
       np.array(f'level {value}', object),
       snt.LSTMState(zeros, zeros),
       env,
@@ -538,15 +539,15 @@ def unroll_of(value, global_step):
 )
 def test_batches_are_time_major_and_their_policy_lag_is_known():
   """Of the learner's frames, 30, the unrolls were begun at 10 and at 30."""
-  unrolls = [unroll_of(100, 10), unroll_of(200, 30)]
+  pair = [unroll_of(100, 10), unroll_of(200, 30)]
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
     agent = Agent(NUM_ACTIONS, 'shallow')
-    tensors = [constants(unroll) for unroll in unrolls]
-    queue = experiment.build_queue(tensors[0])
+    tensors = [constants(unroll) for unroll in pair]
+    queue = unrolls.build_queue(tensors[0])
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
     (batch, _), update = (
-      experiment.build_staging(queue),
+      unrolls.build_staging(queue, 2),
       experiment.build_training(agent, queue),
     )
     with tf.Session() as session:

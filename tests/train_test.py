@@ -235,7 +235,7 @@ try:
     update = step.assign_add(one, read_value=True)
     metrics, coord = Sums(), tf.train.Coordinator()
     session = tf.train.MonitoredTrainingSession(target)
-    learner = experiment.LearnerLoop(session, update, metrics, coord)
+    learner = experiment.LearnerLoop(session, update, metrics, coord, 1e9)
     learner.start()
     wait_until(lambda: metrics.global_step > 10)
     other.kill()
