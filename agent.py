@@ -81,15 +81,17 @@ class Agent(snt.Module):
     """Builds the update of the statistics of frames.
 
     Args:
-      env_outputs: `StepOutput` of [T, B, ...].
+      env_outputs: list of `StepOutput` of [T, B, ...], equally large parts of a
+        batch. What is computed of one part is computed on its device.
 
     Returns:
       An operation, to be run after the agent has learned from the same frames.
     """
     if self._frame_statistics is None:
       return tf.no_op()
-    frames, _ = env_outputs.observation
-    return self._frame_statistics.update(frames)
+    return self._frame_statistics.update(
+      [part.observation[0] for part in env_outputs]
+    )
 
   def __call__(self, input_, core_state):
     """Chooses actions for one step.
@@ -222,15 +224,20 @@ class FrameStatistics(snt.Module):
     self._make_variables(shape)
     return convolution.Normalization(self._scale, self._shift, self._LIMIT)
 
-  def update(self, frames):
-    """Returns the operation that takes frames, uint8 [T, B, ...], into account.
+  def update(self, parts):
+    """Returns the operation that takes frames into account.
+
+    Args:
+      parts: list of frames, uint8 [T, B, ...].
 
     Source: https://doi.org/10.1007/978-3-642-51461-6_3 (Chan, Golub, LeVeque),
     the mean and variance of two sets together.
     """
-    counted = tf.cast(frames[:: self._STRIDE], tf.float32)
-    mean, variance = tf.nn.moments(counted, [0, 1])
-    new = tf.cast(tf.reduce_prod(tf.shape(counted)[:2]), tf.float32)
+    counts, means, variances = zip(*map(self._measure, parts), strict=True)
+    new, mean = tf.add_n(counts), tf.add_n(means) / len(parts)
+    variance = tf.add_n(
+      [v + (m - mean) ** 2 for m, v in zip(means, variances, strict=True)]
+    ) / len(parts)
     count = tf.minimum(self._count + new, self._MAX_COUNT)
     share = new / count
     difference = mean - self._mean
@@ -251,6 +258,13 @@ class FrameStatistics(snt.Module):
       return tf.group(
         *(v.assign(value, read_value=False) for v, value in values)
       )
+
+  def _measure(self, frames):
+    """Returns number, mean and variance of those frames that count."""
+    with tf.colocate_with(frames):
+      counted = tf.cast(frames[:: self._STRIDE], tf.float32)
+      count = tf.cast(tf.reduce_prod(tf.shape(counted)[:2]), tf.float32)
+      return count, *tf.nn.moments(counted, [0, 1])
 
 
 class _Convolution(snt.Conv2D):

@@ -505,8 +505,17 @@ LearnerOutput = collections.namedtuple(
 )
 
 
+# What a learner computes of its batch: losses, float32 scalars; the gradients
+# of `total_loss`, one per trainable variable; and the `StepOutput` of
+# [T, B, ...] that all is of.
+Tower = collections.namedtuple(
+  'Tower',
+  'total_loss policy_gradient_loss baseline_loss entropy gradients env_outputs',
+)
+
+
 def build_learner(agent, agent_state, env_outputs, agent_outputs):
-  """Builds the loss (section 4.2 of the paper) and its update.
+  """Builds the loss of a batch and its update.
 
   Args:
     agent: `Agent`.
@@ -516,6 +525,19 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
 
   Returns:
     `LearnerOutput`.
+  """
+  return build_update(
+    agent, [build_tower(agent, agent_state, env_outputs, agent_outputs)]
+  )
+
+
+def build_tower(agent, agent_state, env_outputs, agent_outputs):
+  """Builds the loss (section 4.2 of the paper) of a batch and its gradients.
+
+  Args: see `build_learner`.
+
+  Returns:
+    `Tower`.
   """
   # Of the last entry only its value is used, without a gradient. It is computed
   # apart from the others, as it then needs no backward pass.
@@ -549,10 +571,54 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     - FLAGS.entropy_cost * tf.reduce_sum(entropy)
   )
   tf.summary.histogram('action', agent_outputs.action)
-  update, learning_rate, gradient_norm = _build_update(
-    agent, total_loss, env_outputs
+  return Tower(
+    total_loss=total_loss,
+    policy_gradient_loss=policy_gradient_loss,
+    baseline_loss=baseline_loss,
+    entropy=tf.reduce_mean(entropy),
+    gradients=tf.gradients(total_loss, agent.trainable_variables),
+    env_outputs=env_outputs,
   )
+
+
+def build_update(agent, towers):
+  """Builds the one update of all learners, by the sum of their gradients.
+
+  The loss is a sum over the batch. So an update of learners with a part each is
+  that of one learner with all of it.
+
+  Args:
+    agent: `Agent`.
+    towers: list of `Tower` of equally large parts of a batch.
+
+  Returns:
+    `LearnerOutput`.
+  """
+  total_loss = tf.add_n([tower.total_loss for tower in towers])
+  learning_rate, optimizer = _build_optimizer()
+  variables = agent.trainable_variables
+  gradients = [
+    _add_gradients(variable, parts)
+    for variable, *parts in zip(
+      variables, *(tower.gradients for tower in towers), strict=True
+    )
+  ]
+  # Checked before the update, so that a loss that is not finite leaves the
+  # variables as they were.
+  gradient_norm = tf.global_norm(gradients)
+  checks = [
+    tf.debugging.check_numerics(total_loss, _NOT_FINITE),
+    tf.debugging.check_numerics(gradient_norm, _NOT_FINITE),
+  ]
+  if FLAGS.max_gradient_norm > 0:
+    gradients, _ = tf.clip_by_global_norm(
+      gradients, FLAGS.max_gradient_norm, use_norm=gradient_norm
+    )
+  with tf.control_dependencies(checks):
+    update = optimizer.apply_gradients(zip(gradients, variables, strict=True))
   with tf.control_dependencies([update]):
+    observe = agent.observe([tower.env_outputs for tower in towers])
+  with tf.control_dependencies([observe]):
     global_step = tf.train.get_or_create_global_step().assign_add(
       _frames_per_update(), read_value=True
     )
@@ -560,15 +626,30 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     global_step=global_step,
     learning_rate=learning_rate,
     total_loss=total_loss,
-    policy_gradient_loss=policy_gradient_loss,
-    baseline_loss=baseline_loss,
-    entropy=tf.reduce_mean(entropy),
+    policy_gradient_loss=tf.add_n([t.policy_gradient_loss for t in towers]),
+    baseline_loss=tf.add_n([t.baseline_loss for t in towers]),
+    entropy=tf.add_n([t.entropy for t in towers]) / len(towers),
     gradient_norm=gradient_norm,
   )
   for name, value in output._asdict().items():
     if name != 'global_step':
       tf.summary.scalar(name, value)
   return output
+
+
+def _add_gradients(variable, parts):
+  """Returns the sum of gradients of a variable, on the variable's device."""
+  if len(parts) == 1:
+    return parts[0]
+  with tf.colocate_with(variable.handle):
+    if isinstance(parts[0], tf.IndexedSlices):
+      values, indices = zip(
+        *((g.values, g.indices) for g in parts), strict=True
+      )
+      return tf.IndexedSlices(
+        tf.concat(values, 0), tf.concat(indices, 0), parts[0].dense_shape
+      )
+    return tf.add_n(parts)
 
 
 def _build_vtrace(learner_outputs, agent_outputs, env_outputs, bootstrap_value):
@@ -607,37 +688,6 @@ def _entropy(policy_logits):
   return -tf.reduce_sum(tf.exp(log_policy) * log_policy, axis=-1)
 
 
-def _build_update(agent, loss, env_outputs):
-  """Builds the step of the optimiser.
-
-  Args:
-    agent: `Agent`.
-    loss: float32 scalar.
-    env_outputs: `StepOutput` of [T, B, ...], what the loss is of.
-
-  Returns:
-    The operation, the learning rate, and the norm of all gradients.
-  """
-  learning_rate, optimizer = _build_optimizer()
-  variables = agent.trainable_variables
-  gradients = tf.gradients(loss, variables)
-  # Checked before the update, so that a loss that is not finite leaves the
-  # variables as they were.
-  gradient_norm = tf.global_norm(gradients)
-  checks = [
-    tf.debugging.check_numerics(loss, _NOT_FINITE),
-    tf.debugging.check_numerics(gradient_norm, _NOT_FINITE),
-  ]
-  if FLAGS.max_gradient_norm > 0:
-    gradients, _ = tf.clip_by_global_norm(
-      gradients, FLAGS.max_gradient_norm, use_norm=gradient_norm
-    )
-  with tf.control_dependencies(checks):
-    update = optimizer.apply_gradients(zip(gradients, variables, strict=True))
-  with tf.control_dependencies([update]):
-    return agent.observe(env_outputs), learning_rate, gradient_norm
-
-
 def _build_optimizer():
   """Returns the learning rate and the optimiser that the flags ask for."""
   learning_rate = tf.constant(FLAGS.learning_rate)
@@ -664,31 +714,58 @@ def _frames_per_update():
 # --- The way from actors to learner ------------------------------------------
 
 # The results of an update: the `LearnerOutput`; of its batch level_name [B],
-# game_over and info [T, B]; and scalars.
+# game_over and info [T, B]; the scalar policy_lag; and of each of N learners,
+# [N], how many unrolls its queue has and the seconds it waited for its batch.
 Update = collections.namedtuple(
   'Update',
   'learner level_name game_over info policy_lag queue_size wait_seconds',
 )
 
 
-def build_training(agent, queue):
-  """Returns the `Update` that takes a batch of unrolls from a `NestQueue`."""
-  with tf.device('/cpu'):
-    batch, wait_seconds = build_staging(queue, FLAGS.batch_size)
-  output = batch.actor_output
-  learner = build_learner(
-    agent, output.agent_state, output.env_outputs, output.agent_outputs
+def build_training(agent, queues, devices=(None,)):
+  """Builds an update by learners that take unrolls from queues.
+
+  Args:
+    agent: `Agent`.
+    queues: list of the learners' `NestQueue`s.
+    devices: list of the learners' devices.
+
+  Returns:
+    `Update`.
+  """
+  towers, batches, wait_seconds = [], [], []
+  for k, (queue, device) in enumerate(zip(queues, devices, strict=True)):
+    with tf.device(device):
+      with tf.device('/cpu:0'):
+        batch, seconds = build_staging(
+          queue, FLAGS.batch_size // len(queues), f'staged_batches_{k}'
+        )
+      output = batch.actor_output
+      towers.append(
+        build_tower(
+          agent, output.agent_state, output.env_outputs, output.agent_outputs
+        )
+      )
+    batches.append(batch)
+    wait_seconds.append(seconds)
+  learner = build_update(agent, towers)
+  # The first entry was counted as the last one of the unroll before.
+  env_outputs = _index(
+    [b.actor_output.env_outputs for b in batches], slice(1, None)
   )
-  lag = learner.global_step - _frames_per_update() - batch.global_step
+  begun = tf.concat([batch.global_step for batch in batches], 0)
+  lag = learner.global_step - _frames_per_update() - begun
   return Update(
     learner=learner,
-    level_name=output.level_name,
-    # The first entry was counted as the last one of the unroll before.
-    game_over=output.env_outputs.game_over[1:],
-    info=_index(output.env_outputs.info, slice(1, None)),
+    level_name=tf.concat([b.actor_output.level_name for b in batches], 0),
+    game_over=tf.concat([output.game_over for output in env_outputs], 1),
+    info=tf.nest.map_structure(
+      lambda *parts: tf.concat(parts, 1),
+      *(output.info for output in env_outputs),
+    ),
     policy_lag=tf.reduce_mean(tf.cast(lag, tf.float32)) / _frames_per_update(),
-    queue_size=queue.queue.size(),
-    wait_seconds=wait_seconds,
+    queue_size=tf.stack([queue.queue.size() for queue in queues]),
+    wait_seconds=tf.stack(wait_seconds),
   )
 
 
@@ -1046,14 +1123,14 @@ def _prepare_alone(game, agent):
     *(game, actor, index, processes, queue.enqueue(unroll)),
     lambda actor, values: True,
   )
-  return loops, build_training(agent, queue), queue
+  return loops, build_training(agent, [queue]), queue
 
 
 def _prepare_learner_task(game, agent):
   """As `_prepare_alone`, but the actors are tasks of their own."""
   unroll = _unroll_specs(game)
   shared = cluster.SharedState(lambda: build_queue(unroll))
-  update = build_training(agent, shared.queue)
+  update = build_training(agent, [shared.queue])
   registry = cluster.ActorRegistry(
     shared,
     agent,

@@ -71,7 +71,9 @@ class Metrics:
     now = time.monotonic()
     with self._lock:
       self._updates.append(update)
-      self._busy_seconds = now - self._last_update - update.wait_seconds
+      # All learners step together: they wait for the slowest.
+      waited = update.wait_seconds.max()
+      self._busy_seconds = now - self._last_update - waited
       self._last_update = now
       self.global_step = int(update.learner.global_step)
       # One row per unroll.
@@ -148,7 +150,7 @@ class Metrics:
     the update that follows it is taken to be as long as the last one.
     """
     under_way = max(0.0, now - self._last_update - self._busy_seconds)
-    ended = sum(update.wait_seconds for update in self._updates)
+    ended = sum(update.wait_seconds.max() for update in self._updates)
     waited = ended + under_way - self._reported_wait
     self._reported_wait = under_way
     return min(max(0.0, waited), now - self._begin)

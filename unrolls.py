@@ -68,12 +68,13 @@ def build_queue(unroll):
     return NestQueue(1, unroll, 'unrolls')
 
 
-def build_staging(queue, batch_size):
+def build_staging(queue, batch_size, name):
   """Assembles the next batch while the learner works on the last one.
 
   Args:
     queue: `NestQueue` of unrolls.
     batch_size: int, unrolls of a batch.
+    name: of the queue of batches.
 
   Returns:
     A nest of `Unroll`, its outputs time-major: [T + 1, B, ...]; and the seconds
@@ -89,7 +90,7 @@ def build_staging(queue, batch_size):
       env_outputs=env_outputs, agent_outputs=agent_outputs
     )
   )
-  staged = NestQueue(1, batch, 'staged_batches')
+  staged = NestQueue(1, batch, name)
   tf.train.add_queue_runner(
     tf.train.QueueRunner(staged.queue, [staged.enqueue(batch)])
   )

@@ -116,7 +116,7 @@ def test_frames_are_normalised_by_all_that_was_learned_from():
       tf.constant(probe), statistics(probe.shape[1:])
     )
     frames = tf.placeholder(tf.uint8, batches.shape[1:])
-    update = statistics.update(frames)
+    update = statistics.update([frames])
     session.run(tf.global_variables_initializer())
     np.testing.assert_allclose(session.run(normalized), probe / 255, rtol=1e-6)
     for count in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_frames_of_long_ago_count_less(monkeypatch):
     statistics = FrameStatistics()
     statistics([1, 1, 1])
     frames = tf.placeholder(tf.uint8, [1, 4, 1, 1, 1])
-    update = statistics.update(frames)
+    update = statistics.update([frames])
     session.run(tf.global_variables_initializer())
     for value in values:
       session.run(update, {frames: np.full(frames.shape, value, np.uint8)})

@@ -547,8 +547,8 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
     queue = unrolls.build_queue(tensors[0])
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
     (batch, _), update = (
-      unrolls.build_staging(queue, 2),
-      experiment.build_training(agent, queue),
+      unrolls.build_staging(queue, 2, 'staged'),
+      experiment.build_training(agent, [queue]),
     )
     with tf.Session() as session:
       session.run(tf.global_variables_initializer())

@@ -120,8 +120,8 @@ def update(step, episode_return):
     game_over=game_over,
     info=StepOutputInfo(np.full((10, 1), episode_return), np.full((10, 1), 5)),
     policy_lag=2.0 if step == 40 else 4.0,
-    queue_size=0 if step == 40 else 1,
-    wait_seconds=0.1,
+    queue_size=np.array([0 if step == 40 else 1]),
+    wait_seconds=np.array([0.1]),
   )
 
 
