@@ -51,8 +51,8 @@ class Actors(tf.train.SessionRunHook):
     """Returns lines on which actors joined and left since the last call."""
     return []
 
-  def close(self, error=None):
-    """Ends the actors; `error` is the learner's, if there was one."""
+  def close(self, goes_on=False):
+    """Ends the actors, unless the training goes on in another process."""
     raise NotImplementedError
 
 
@@ -103,8 +103,8 @@ class ActorLoops(Actors):
       sum(self._restarts), *self.session.run(self._actor.inference_statistics)
     )
 
-  def close(self, error=None):
-    del error  # The processes end in any case.
+  def close(self, goes_on=False):
+    del goes_on  # The processes end in any case.
     py_process.close_all(self.processes)
 
   def begin(self):

@@ -1,10 +1,15 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Training on many machines: what learner and actor tasks share.
+"""Training on many machines: what its tasks share, and how they find another.
 
-In: unrolls of the actor tasks, parameters of the learner task. Out: each on the
-other machine, and which tasks take part. Both sides build `SharedState`;
-`start_server` and `ActorRegistry` are the learner task's side, `LearnerClient`
-and `ParameterSync` that of an actor task.
+In: addresses, the graphs of learners and actors. Out: where in the cluster each
+variable and operation is, sessions over the tasks, and which tasks take part.
+
+Each task has a server of its own. The session of the chief, learner 0, is over
+all learners. The session of an actor task is over all learners and this task,
+so that actors may come and go while no other task knows of them:
+
+  actor task --- unrolls --> queue of learner (task % number of learners)
+       ^-------- parameters, once per unroll, from all learners
 """
 
 import collections
@@ -26,38 +31,226 @@ from errors import UserError
 
 HEARTBEAT_SECONDS = 2  # Between two heartbeats of an actor task.
 _LOST_SECONDS = 10  # Without any, an actor task counts as lost.
-_ANSWER_SECONDS = 10  # For the learner to answer a call.
-_ROOM_SECONDS = 60  # For the learner to take an unroll: its queue may be full.
-_FAREWELL_SECONDS = 5  # For actor tasks to notice that training is done.
+_SILENT_SECONDS = 30  # Without an answer, another learner counts as lost.
+_ANSWER_SECONDS = 10  # For the learners to answer a call.
+_ROOM_SECONDS = 60  # For a learner to take an unroll: its queue may be full.
+_FAREWELL_SECONDS = 5  # For other tasks to notice that training is done.
 _WAITING_SECONDS = 30  # Between two lines that say that a task waits.
 
 # A heartbeat of an actor task: when it came and when the task was started
-# (seconds since 1970, by the learner's and by the task's clock), how many
-# unrolls it sent, and the fields of its `ActorStatistics`.
+# (seconds since 1970, by the chief's and by the task's clock), how many unrolls
+# it sent, and the fields of its `ActorStatistics`.
 Heartbeat = collections.namedtuple(
   'Heartbeat', ('time', 'started', 'unrolls', *ActorStatistics._fields)
 )
 
+# --- The tasks --------------------------------------------------------------
 
-class SharedState:
-  """What the learner task shares with its actor tasks, in its memory.
 
-  Both sides build it. As its resources have the same names on both, a session
-  of an actor task on the learner's server uses those of the learner. Actor
-  tasks call the learner and are never called, so they need no port.
+class Cluster:
+  """The tasks of a training, as one of them sees them.
+
+  Attributes:
+    learners: list of the learners' addresses, host:port.
+    job: 'learner' or 'actor', the job of this task.
+    task: int, the number of this task in its job.
+    address: host:port by which other tasks call this one. That of an actor task
+      is chosen by `start_server` unless it is given.
   """
 
-  def __init__(self, build_queue):
-    """Makes the resources; `build_queue` returns the `NestQueue` of unrolls."""
-    # Names and device must be the same on both sides, whatever else is in the
-    # graph.
-    with tf.name_scope('shared/'), tf.device('/cpu:0'):
-      self.queue = build_queue()
-      # All parameters in one tensor, for a single transfer.
-      self._parameters = _shared_variable('parameters', tf.float32, [None])
-      self._global_step = _shared_variable('frames', tf.int64, [])
-      self._requirements = _shared_variable('requirements', tf.string, [])
-      self._done = _shared_variable('done', tf.bool, [])
+  def __init__(self, learners, job, task, address=None):
+    self.learners = learners
+    self.job = job
+    self.task = task
+    self.address = address
+    self._local_target = None
+    self._places = {}
+
+  def start_server(self, config):
+    """Starts this task's server.
+
+    Args:
+      config: `tf.ConfigProto` with the numbers of its threads.
+
+    Raises:
+      UserError: another program listens at its address.
+    """
+    config = _with_shared_state(config)
+    self.address = self.address or f'{_own_host(self.learners[0])}:0'
+    host, _, _ = self.address.rpartition(':')
+    try:
+      # Its own name must not be one that a session gives it.
+      server = tf.train.Server(
+        {'local': [self.address]}, job_name='local', config=config
+      )
+    except tf.errors.OpError:
+      raise UserError(
+        f'--{self.job}_address={self.address}: its port can not be listened '
+        'on, probably another program does.'
+      ) from None
+    port = server.target.rpartition(':')[2]
+    self.address = f'{host}:{port}'
+    self._local_target = server.target
+    if self.is_local():
+      socket_filter.shut_out_other_hosts(int(port))
+
+  def describe(self):
+    """Returns a line on who can reach this task's port."""
+    line = f'{self.job.capitalize()} {self.task} listens at {self.address}'
+    if self.is_local():
+      return f'{line}, for this host alone.'
+    return f'{line}, on all interfaces, and asks for no password.'
+
+  def is_local(self):
+    """Returns whether this host alone can reach this task."""
+    host, _, _ = self.address.rpartition(':')
+    return host in ('localhost', '127.0.0.1', '[::1]')
+
+  def place_variables(self, variables):
+    """Decides which learner has which variable; they have about equal shares.
+
+    Args:
+      variables: list of `tf.Variable`, in any graph. Others are on learner 0.
+    """
+    loads = [0] * len(self.learners)
+    for variable in sorted(variables, key=lambda v: (-_size(v), v.op.name)):
+      learner = loads.index(min(loads))
+      loads[learner] += _size(variable)
+      self._places[variable.op.name] = learner
+
+  def learner_device(self, task=0):
+    """Returns the device function of what a learner computes.
+
+    Variables are where `place_variables` has put them.
+    """
+    return tf.train.replica_device_setter(
+      ps_tasks=len(self.learners),
+      ps_device='/job:learner',
+      worker_device=f'/job:learner/task:{task}',
+      ps_strategy=lambda op: self._places.get(op.name, 0),
+    )
+
+  def actor_device(self):
+    """Returns the device of what this actor task computes."""
+    return f'/job:actor/task:{self.task}'
+
+  def copy_variable(self, variable):
+    """Returns the op that copies a learner's variable to this actor task.
+
+    Args:
+      variable: that of this task, in any graph; the learner's has its name.
+    """
+    with tf.device(
+      f'/job:learner/task:{self._places.get(variable.op.name, 0)}'
+    ):
+      value = tf.raw_ops.ReadVariableOp(
+        resource=_handle(variable), dtype=variable.dtype
+      )
+    with tf.device(self.actor_device()):
+      return tf.raw_ops.AssignVariableOp(
+        resource=_handle(variable), value=value
+      )
+
+  def session(self, config, with_learners=True):
+    """Returns what a session of this task needs.
+
+    Args:
+      config: `tf.ConfigProto`.
+      with_learners: whether the session is over the learners as well, or over
+        this task alone.
+
+    Returns:
+      Its target, and its `tf.ConfigProto`.
+    """
+    # By its local target, TensorFlow calls its own server without the network.
+    target = self._local_target
+    tasks = collections.defaultdict(dict)
+    if with_learners:
+      tasks['learner'] = dict(enumerate(self.learners))
+      # Others call this task as well, unless it is the only learner.
+      if not self.is_local() and (
+        self.job == 'actor' or len(self.learners) > 1
+      ):
+        target = f'grpc://{self.address}'
+    # TensorFlow finds this task among them by the target.
+    tasks[self.job][self.task] = target.removeprefix('grpc://')
+    config = _with_shared_state(config)
+    config.cluster_def.CopyFrom(tf.train.ClusterSpec(tasks).as_cluster_def())
+    return target, config
+
+  def missing_learner(self):
+    """Returns the address of a learner that nobody listens at, None if none."""
+    return next((a for a in self.learners if not _listens(a)), None)
+
+
+def _listens(address):
+  """Returns whether a program listens at host:port."""
+  host, _, port = address.rpartition(':')
+  try:
+    # IPv6 is in brackets.
+    place = host.strip('[]'), int(port)
+    socket.create_connection(place, timeout=2).close()
+  except OSError:
+    return False
+  return True
+
+
+def _own_host(learner_address):
+  """Returns this host's address, as a learner's host can reach it."""
+  host, _, port = learner_address.rpartition(':')
+  try:
+    family, kind, _, _, place = socket.getaddrinfo(
+      host.strip('[]'), port, type=socket.SOCK_DGRAM
+    )[0]
+    with socket.socket(family, kind) as probe:
+      probe.connect(place)  # Sends nothing, but finds the way.
+      own = probe.getsockname()[0]
+  except OSError:  # The name is not known yet.
+    return socket.gethostname()
+  if own in ('127.0.0.1', '::1'):
+    return 'localhost'
+  return f'[{own}]' if ':' in own else own
+
+
+def _with_shared_state(config):
+  """Returns a `ConfigProto` whose sessions on a server share its variables."""
+  shared = tf.ConfigProto()
+  shared.CopyFrom(config)
+  shared.experimental.share_session_state_in_clusterspec_propagation = True
+  return shared
+
+
+def _handle(variable):
+  """Returns the handle of a variable's namesake on the current device."""
+  return tf.raw_ops.VarHandleOp(
+    dtype=variable.dtype, shape=variable.shape, shared_name=variable.op.name
+  )
+
+
+def _size(variable):
+  return variable.shape.num_elements() * variable.dtype.size
+
+
+# --- What they share --------------------------------------------------------
+
+
+class SharedState:
+  """What the chief, learner 0, shares with all tasks, in its memory.
+
+  All tasks build it. As its resources have the same names in all graphs, the
+  sessions of all tasks use those of the chief.
+  """
+
+  def __init__(self, device):
+    """Makes the resources on the chief, whose device this is."""
+    self._device = device
+    with self._on_chief():
+      self._requirements = _shared_variable('requirements', tf.string)
+      # For actor tasks, and for the other learners.
+      self._done = {
+        job: _shared_variable(f'{job}s_done', tf.bool)
+        for job in ('actor', 'learner')
+      }
       self._heartbeats = tf.raw_ops.MutableHashTableOfTensorsV2(
         key_dtype=tf.int64,
         value_dtype=tf.float64,
@@ -68,37 +261,26 @@ class SharedState:
         key_dtype=tf.int64, value_dtype=tf.string, shared_name='addresses'
       )
 
-  def publish(self, agent):
-    """Returns the op that shows the agent's parameters as they are now."""
-    with tf.device('/cpu:0'):
-      flat = [tf.reshape(v.read_value(), [-1]) for v in agent.variables]
-      step = tf.train.get_global_step().read_value()
+  def open(self, requirements):
+    """Returns the op after which other tasks may join."""
+    with self._on_chief():
       return tf.group(
-        self._parameters.assign(tf.concat(flat, 0), read_value=False),
-        self._global_step.assign(step, read_value=False),
+        self._requirements.assign(requirements, read_value=False),
+        *(done.assign(False, read_value=False) for done in self._done.values()),
       )
 
-  def open(self, requirements):
-    """Returns the op after which actor tasks may join."""
-    return tf.group(
-      self._requirements.assign(requirements, read_value=False),
-      self._done.assign(False, read_value=False),
-    )
+  def finish(self, job):
+    """Returns the op that tells the other tasks of a job to end."""
+    with self._on_chief():
+      return self._done[job].assign(True, read_value=False)
 
-  def finish(self):
-    """Returns the op that tells actor tasks to end."""
-    return self._done.assign(True, read_value=False)
-
-  def read(self):
-    """Returns parameters, float32 [N], and the frames they were trained for."""
-    return self._parameters.read_value(), self._global_step.read_value()
-
-  def read_requirements(self):
-    """Returns what `open` got, and whether `finish` was run."""
-    return self._requirements.read_value(), self._done.read_value()
+  def read_requirements(self, job):
+    """Returns what `open` got, and whether `finish` was run for the job."""
+    with self._on_chief():
+      return self._requirements.read_value(), self._done[job].read_value()
 
   def heartbeat(self, task, values, address):
-    """Returns the op of a heartbeat, and whether `finish` was run.
+    """Returns the op of a heartbeat, and what `last_heartbeat` was before it.
 
     Args:
       task: int64, number of the actor task.
@@ -106,7 +288,8 @@ class SharedState:
         time.
       address: string, of the actor task.
     """
-    with tf.device('/cpu:0'):
+    last = self.last_heartbeat(task)
+    with self._on_chief(), tf.control_dependencies(last):
       heartbeat = tf.concat([[tf.timestamp()], values], 0)
       # The address is written first: each task with a heartbeat has one.
       named = tf.raw_ops.LookupTableInsertV2(
@@ -116,33 +299,59 @@ class SharedState:
         op = tf.raw_ops.LookupTableInsertV2(
           table_handle=self._heartbeats, keys=[task], values=[heartbeat]
         )
-    return op, self._done.read_value()
+    return op, last
+
+  def last_heartbeat(self, task):
+    """Returns the time; and the last heartbeat of a task, and its address.
+
+    Args:
+      task: int64, number of the actor task.
+    """
+    with self._on_chief():
+      heartbeat = tf.raw_ops.LookupTableFindV2(
+        table_handle=self._heartbeats,
+        keys=[task],
+        default_value=tf.zeros([len(Heartbeat._fields)], tf.float64),
+      )
+      address = tf.raw_ops.LookupTableFindV2(
+        table_handle=self._addresses, keys=[task], default_value=''
+      )
+      return tf.timestamp(), heartbeat[0], address[0]
 
   def leave(self, task):
     """Returns the op that removes an actor task."""
-    return tf.raw_ops.LookupTableRemoveV2(
-      table_handle=self._heartbeats, keys=[task]
-    )
+    with self._on_chief():
+      return tf.raw_ops.LookupTableRemoveV2(
+        table_handle=self._heartbeats, keys=[task]
+      )
 
   def heartbeats(self):
     """Returns the time, tasks and their last heartbeats, and all addresses."""
-    tasks, heartbeats = tf.raw_ops.LookupTableExportV2(
-      table_handle=self._heartbeats, Tkeys=tf.int64, Tvalues=tf.float64
-    )
-    with tf.control_dependencies([heartbeats]):
-      addresses = tf.raw_ops.LookupTableExportV2(
-        table_handle=self._addresses, Tkeys=tf.int64, Tvalues=tf.string
+    with self._on_chief():
+      tasks, heartbeats = tf.raw_ops.LookupTableExportV2(
+        table_handle=self._heartbeats, Tkeys=tf.int64, Tvalues=tf.float64
       )
-      now = tf.timestamp()
-    return now, tasks, heartbeats, tuple(addresses)
+      with tf.control_dependencies([heartbeats]):
+        addresses = tf.raw_ops.LookupTableExportV2(
+          table_handle=self._addresses, Tkeys=tf.int64, Tvalues=tf.string
+        )
+        now = tf.timestamp()
+      return now, tasks, heartbeats, tuple(addresses)
+
+  @contextlib.contextmanager
+  def _on_chief(self):
+    # Names and device must be the same in all tasks, whatever else is in their
+    # graphs.
+    with tf.device(None), tf.device(self._device), tf.device('/cpu:0'):
+      with tf.name_scope('shared/'):
+        yield
 
 
-def _shared_variable(name, dtype, shape):
+def _shared_variable(name, dtype):
   # In no collection, so that it is neither initialised nor saved with the
   # other variables.
   return tf.Variable(
-    tf.zeros([n or 0 for n in shape], dtype),
-    shape=tf.TensorShape(shape),
+    tf.zeros([], dtype),
     name=name,
     use_resource=True,
     trainable=False,
@@ -151,9 +360,9 @@ def _shared_variable(name, dtype, shape):
 
 
 def repeat_refused(session):
-  """Makes a session repeat the runs that its server refuses by mistake.
+  """Makes a session repeat the runs that a server refuses by mistake.
 
-  The server refuses a run if its id is among the last 100,000. TensorFlow draws
+  A server refuses a run if its id is among the last 100,000. TensorFlow draws
   the id in a new thread for each run, from a seed of 32 bits, so about one run
   in 43,000 is refused.
 
@@ -176,7 +385,7 @@ def repeat_refused(session):
 
 
 def read_tf_config(text):
-  """Returns a dict of job, task and addresses by flag, from a TF_CONFIG.
+  """Returns what flags a TF_CONFIG, a JSON string, stands for, as a dict.
 
   Raises:
     UserError: it is not as it has to be.
@@ -184,11 +393,12 @@ def read_tf_config(text):
   try:
     config = json.loads(text)
     task, cluster = config['task'], config['cluster']
-    values = {
-      'job_name': task['type'],
-      'task': int(task['index']),
-      'learner_address': cluster['learner'][0],
-    }
+    values = {'job_name': task['type'], 'task': int(task['index'])}
+    learners = [str(address) for address in cluster['learner']]
+    if len(learners) > 1:
+      values['learner_addresses'] = learners
+    else:
+      values['learner_address'] = learners[0]
     # Actors needn't be listed: more may come.
     if task['type'] == 'actor' and values['task'] < len(
       cluster.get('actor', [])
@@ -208,61 +418,59 @@ def read_tf_config(text):
   return values
 
 
-# --- The learner task -------------------------------------------------------
+# --- The chief --------------------------------------------------------------
 
 
-def start_server(learner_address, config):
-  """Starts the learner's server.
-
-  Args:
-    learner_address: host:port; with localhost, other hosts are shut out.
-    config: `tf.ConfigProto`.
+def wait_for_learners(cluster, received_signals):
+  """Waits, in the chief, until all learners are there.
 
   Returns:
-    The target for the sessions of this program.
-
-  Raises:
-    UserError: another program listens there.
+    Whether they are; if not, a signal came.
   """
-  try:
-    server = tf.train.Server(
-      {'learner': [learner_address]}, job_name='learner', config=config
+  for _ in _attempts(
+    lambda: print_line(
+      f'Learner 0 waits for the learner at {cluster.missing_learner()}.'
     )
-  except tf.errors.OpError:
-    raise UserError(
-      f'--learner_address={learner_address}: its port can not be '
-      'listened on, probably another program does.'
-    ) from None
-  host, _, port = learner_address.rpartition(':')
-  line = f'Actor tasks can join at {learner_address}.'
-  if host in ('localhost', '127.0.0.1', '[::1]'):
-    socket_filter.shut_out_other_hosts(int(port))
-  else:
-    line += ' The port is open on all interfaces, and asks for no password.'
-  print_line(line)
-  return server.target
+  ):
+    if received_signals:
+      return False
+    if cluster.missing_learner() is None:
+      return True
+
+
+def _attempts(tell):
+  """Yields twice a second, and calls `tell` at once and then now and again."""
+  next_line = time.monotonic()
+  while True:
+    yield
+    if time.monotonic() >= next_line:
+      next_line += _WAITING_SECONDS
+      tell()
+    time.sleep(0.5)
 
 
 class ActorRegistry(Actors):
-  """The actor tasks of a learner task, known by their heartbeats."""
+  """The actor tasks of a training, known by their heartbeats to the chief."""
 
-  def __init__(self, shared, agent, global_step, requirements, num_expected):
+  def __init__(self, shared, requirements, num_expected, learner_devices):
     """Builds the operations. Tasks may join once the session has started.
 
     Args:
       shared: `SharedState`.
-      agent: `Agent`, whose parameters are published.
-      global_step: the tensor whose computation is an update.
       requirements: string, see `SharedState.open`.
       num_expected: int, how many tasks are expected, for the reports.
+      learner_devices: list of the devices of all learners.
     """
     self._num_expected = num_expected
-    with tf.control_dependencies([shared.publish(agent)]):
-      self._open = shared.open(requirements)
-    with tf.control_dependencies([global_step]):
-      self._publish = shared.publish(agent)
-    self._finish = shared.finish()
+    self._open = shared.open(requirements)
+    self._finish = {job: shared.finish(job) for job in ('actor', 'learner')}
+    self._graph = tf.get_default_graph()
     self._read_heartbeats = shared.heartbeats()
+    # Other learners have no heartbeats: they are asked for their time.
+    self._learner_times = []
+    for device in learner_devices[1:]:
+      with tf.device(device), tf.device('/cpu:0'):
+        self._learner_times.append(tf.timestamp())
     self._connected = {}  # The last heartbeats by task.
     self._statistics = {}  # By task and the time of its start.
     self._period_begin = collections.Counter()  # Unrolls by task and its start.
@@ -273,11 +481,9 @@ class ActorRegistry(Actors):
     self.session, self.coord = session, coord
     session.run(self._open)
 
-  def before_run(self, run_context):
-    del run_context
-    return tf.train.SessionRunArgs(self._publish)
-
   def membership_changes(self):
+    if self._learner_times:
+      self.session.run(self._learner_times, options=_within(_SILENT_SECONDS))
     now, tasks, values, addresses = self.session.run(self._read_heartbeats)
     names = dict(zip(addresses[0], addresses[1], strict=True))
     heartbeats = {
@@ -347,11 +553,10 @@ class ActorRegistry(Actors):
       line += f', fewest of actor {min(self._connected, key=unrolls.get)}'
     return values, [line]
 
-  def close(self, error=None):
-    # After an error the learner may be restarted, so its tasks go on waiting.
-    if error:
+  def close(self, goes_on=False):
+    if goes_on:  # The tasks wait for the next chief.
       return
-    self.session.run(self._finish)
+    self.session.run(self._finish['actor'])
     deadline = time.monotonic() + _FAREWELL_SECONDS
     while time.monotonic() < deadline:
       self.membership_changes()
@@ -359,131 +564,121 @@ class ActorRegistry(Actors):
         break
       time.sleep(0.1)
 
+  def end_learners(self, cluster, config):
+    """Ends the other learners, once the training's session is closed.
+
+    Args:
+      cluster: `Cluster` of the chief.
+      config: `tf.ConfigProto` of the training's session.
+    """
+    target, config = cluster.session(config)
+    with tf.Session(target, self._graph, config) as session:
+      session.run(self._finish['learner'])
+    # They ask for it, so this task has to be there.
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    while time.monotonic() < deadline and any(
+      map(_listens, cluster.learners[1:])
+    ):
+      time.sleep(0.2)
+
 
 def _actor_name(task, addresses):
   return f'Actor {task} ({six.ensure_str(addresses[task])})'
 
 
-# --- An actor task ----------------------------------------------------------
+# --- The other tasks --------------------------------------------------------
 
 
-# The errors of a session whose learner ended, restarts, or can't be reached.
-_LEARNER_GONE = (
+# The errors of a session one of whose learners ended, restarts, or can't be
+# reached.
+LEARNER_GONE = (
   tf.errors.UnavailableError,
   tf.errors.AbortedError,
   tf.errors.CancelledError,
   tf.errors.DeadlineExceededError,
   tf.errors.FailedPreconditionError,
+)
+# These may come of it as well, or of a fault in this program.
+_PERHAPS_GONE = (
+  tf.errors.InvalidArgumentError,
   tf.errors.NotFoundError,
   tf.errors.InternalError,
   tf.errors.UnknownError,
 )
+_MAX_FAULTS = 3  # Of a call in turn, with all learners there.
 
 
 class LearnerClient:
-  """An actor task's connection to the learner task.
+  """A task's connection to the learners.
 
-  If the learner is gone, all methods wait until it is back, and repeat what
+  If one of these is gone, all methods wait until it is back, and repeat what
   failed. They may be called by any thread.
   """
 
-  def __init__(
-    self,
-    learner_address,
-    task,
-    actor_address,
-    unroll,
-    build_queue,
-    requirements,
-    received_signals,
-  ):
-    """Builds what is run on the learner; `join` has to be called before.
+  def __init__(self, cluster, requirements, config, received_signals):
+    """Builds what it runs, in a graph of its own; `join` has to be called.
 
     Args:
-      learner_address: host:port of the learner.
-      task: int, number of this actor task.
-      actor_address: what the learner calls it in its reports.
-      unroll: an `Unroll` like those to send.
-      build_queue: function that returns the `NestQueue` of unrolls.
-      requirements: string, JSON of what the learner has to agree on.
+      cluster: `Cluster`, with a server.
+      requirements: string, JSON of what the chief has to agree on.
+      config: `tf.ConfigProto` of this task's sessions.
       received_signals: list, see `console.stop_signals`.
     """
-    self._learner_address = learner_address
-    self._task = task
+    self._cluster = cluster
     self._requirements = json.loads(requirements)
+    self._target, self._config = _client_session(cluster, config)
     self._received_signals = received_signals
-    self._lock = threading.Lock()  # Held while joining.
-    self._session = None
-    self._started = time.time()
     self._graph = tf.Graph()
     with self._graph.as_default():
-      shared = SharedState(build_queue)
-      self._unroll = tf.nest.map_structure(
-        lambda t: tf.placeholder(t.dtype, t.shape), tf.nest.flatten(unroll)
-      )
-      self._send = shared.queue.enqueue(
-        tf.nest.pack_sequence_as(unroll, self._unroll)
-      )
-      self._read = shared.read()
-      self._read_requirements = shared.read_requirements()
-      self._heartbeat_values = tf.placeholder(
-        tf.float64, [len(Heartbeat._fields) - 1]
-      )
-      key = tf.constant(task, tf.int64)
-      self._heartbeat = shared.heartbeat(
-        key, self._heartbeat_values, actor_address
-      )
-      self._leave = shared.leave(key)
+      self._shared = SharedState(cluster.learner_device())
+      self._read_requirements = self._shared.read_requirements(cluster.job)
+    self._lock = threading.Lock()  # Held while joining.
+    self._session = None
+    self._name = f'{cluster.job.capitalize()} {cluster.task}'
     self.is_done = False
     self._left = False
 
   def join(self):
-    """Connects to the learner, and waits for it if it isn't there.
+    """Connects to the learners, and waits for those that aren't there.
 
     Returns:
       Whether it is connected. If not, this task is to end.
 
     Raises:
-      UserError: the learner has other settings.
+      UserError: the chief has other settings.
     """
     with self._lock:
       self._connect()
     return not self._stops()
 
-  def send(self, unroll):
-    """Sends an `Unroll` of values; returns False if this task is to end."""
-    feed_dict = dict(zip(self._unroll, tf.nest.flatten(unroll), strict=True))
-    return self._run([self._send], feed_dict, _ROOM_SECONDS) is not None
-
-  def read(self):
-    """Returns what `SharedState.read` does; None if this task is to end."""
-    return self._run(self._read)
-
-  def send_heartbeat(self, num_unrolls, statistics):
-    """Tells the learner that this task is alive, and what it did."""
-    values = [self._started, num_unrolls, *statistics]
-    answer = self._run(self._heartbeat, {self._heartbeat_values: values})
-    if answer is not None and answer[1]:
-      self.is_done = True
+  def watch_end(self):
+    """Asks whether training is done."""
+    answer = self._run(self._read_requirements)
+    if answer is not None:
+      self.is_done |= bool(answer[1])
 
   def leave(self):
-    """Tells the learner, if it's there, that this task ends."""
+    """Ends the connection."""
     self._left = True
-    with contextlib.suppress(*_LEARNER_GONE, RuntimeError):
-      self._session.run(self._leave, options=_within(HEARTBEAT_SECONDS))
     _close(self._session).join(HEARTBEAT_SECONDS)
 
   def _stops(self):
     return self.is_done or self._left or bool(self._received_signals)
 
   def _run(self, fetches, feed_dict=None, seconds=_ANSWER_SECONDS):
-    """Runs something on the learner; returns None if this task is to end."""
+    """Runs something on the learners; returns None if this task is to end."""
+    faults = 0
     while not self._stops():
       session = self._session
       try:
         return session.run(fetches, feed_dict, options=_within(seconds))
       # A RuntimeError: another thread closed the session.
-      except (*_LEARNER_GONE, RuntimeError):
+      except (*LEARNER_GONE, RuntimeError):
+        self._rejoin(session)
+      except _PERHAPS_GONE:
+        faults += 1
+        if faults == _MAX_FAULTS:
+          raise
         self._rejoin(session)
     return None
 
@@ -497,53 +692,182 @@ class LearnerClient:
         self._connect()
 
   def _connect(self):
-    next_line = time.monotonic()
-    while not self._stops():
-      requirements = self._try_connect()
-      if requirements is not None:
-        self._check(json.loads(requirements))
-        if not self.is_done:
-          self._print(f'joined the learner at {self._learner_address}.')
+    missing = None
+
+    def tell():
+      self._print(f'waits for the learner at {missing}.')
+
+    for _ in _attempts(tell):
+      if self._stops():
         return
-      if time.monotonic() >= next_line:
-        next_line += _WAITING_SECONDS
-        self._print(f'waits for the learner at {self._learner_address}.')
-      time.sleep(0.5)
+      # A session would wait, and not say for whom.
+      missing = self._cluster.missing_learner()
+      if missing is None and self._try_connect():
+        if not self.is_done:
+          self._print(f'joined the learner at {self._cluster.learners[0]}.')
+        return
+      missing = missing or self._cluster.learners[0]
 
   def _try_connect(self):
-    """Returns the requirements of the learner, None if there's none."""
-    host, _, port = self._learner_address.rpartition(':')
-    try:
-      # A session would take all its time to find that nobody listens.
-      address = host.strip('[]'), int(port)  # IPv6 is in brackets.
-      socket.create_connection(address, timeout=2).close()
-    except OSError:
-      return None
-    session = tf.Session(
-      f'grpc://{self._learner_address}', self._graph, _client_config()
-    )
+    """Returns whether there is a session now, and a chief that trains."""
+    session = tf.Session(self._target, self._graph, self._config)
     repeat_refused(session)
     try:
       requirements, self.is_done = session.run(
         self._read_requirements, options=_within(_ANSWER_SECONDS)
       )
-    except _LEARNER_GONE:
+      if not self.is_done:
+        self._check(json.loads(requirements))
+        self._enter(session)
+    except (*LEARNER_GONE, *_PERHAPS_GONE):
       _close(session)
-      return None
+      return False
     self._session = session
-    return requirements
+    return True
+
+  def _enter(self, session):
+    """Raises UserError if this task can't take part; to be overridden."""
 
   def _print(self, text):
-    print_line(f'Actor {self._task} {text}')
+    print_line(f'{self._name} {text}')
 
   def _check(self, theirs):
     for name, ours in self._requirements.items():
       if theirs.get(name) != ours:
         raise UserError(
-          f'The {name} of the learner at {self._learner_address} is '
-          f'{theirs.get(name)}, that of actor {self._task} is {ours}: they '
+          f'The {name} of the learner at {self._cluster.learners[0]} is '
+          f'{theirs.get(name)}, that of {self._name.lower()} is {ours}: they '
           'have to be the same.'
         )
+
+
+class ActorClient(LearnerClient, tf.train.SessionRunHook):
+  """An actor task's connection: it sends unrolls and reads parameters.
+
+  A hook of the session that plays.
+  """
+
+  def __init__(
+    self, cluster, requirements, config, signals, build_queue, variables
+  ):
+    """Builds what it runs.
+
+    Args:
+      cluster: `Cluster`, with a server.
+      requirements: string, JSON of what the chief has to agree on.
+      config: `tf.ConfigProto` of this task's sessions.
+      signals: list, see `console.stop_signals`.
+      build_queue: function of a device, that of this task's learner, that
+        returns its `NestQueue` of unrolls.
+      variables: list of the `tf.Variable` of this task to which the learners'
+        are copied.
+    """
+    super().__init__(cluster, requirements, config, signals)
+    learner = cluster.task % len(cluster.learners)
+    with self._graph.as_default():
+      queue = build_queue(cluster.learner_device(learner))
+      self._unroll = queue.placeholders()
+      self._send = queue.enqueue(self._unroll)
+      self._load = [cluster.copy_variable(variable) for variable in variables]
+      self._heartbeat_values = tf.placeholder(
+        tf.float64, [len(Heartbeat._fields) - 1]
+      )
+      key = tf.constant(cluster.task, tf.int64)
+      self._heartbeat = self._shared.heartbeat(
+        key, self._heartbeat_values, cluster.address
+      )
+      self._last_heartbeat = self._shared.last_heartbeat(key)
+      self._leave = self._shared.leave(key)
+    self._load_lock = threading.Lock()
+    self._load_begin = 0.0
+    self._started = time.time()
+    self._is_known = False  # By a heartbeat.
+    self._num_unrolls = 0
+
+  def after_create_session(self, session, coord):
+    del session, coord
+    self._load_parameters()
+
+  def on_unroll(self, actor, unroll):
+    """Sends an unroll, and reads parameters for the next; see `ActorLoops`."""
+    del actor
+    placeholders = tf.nest.flatten(self._unroll)
+    feed_dict = dict(zip(placeholders, tf.nest.flatten(unroll), strict=True))
+    if self._run([self._send], feed_dict, _ROOM_SECONDS) is None:
+      return False
+    return self._load_parameters()
+
+  def send_heartbeat(self, statistics):
+    """Tells the chief that this task is alive, and what it did.
+
+    Args:
+      statistics: `ActorStatistics`.
+
+    Raises:
+      UserError: there is another task of this number, which was there first.
+    """
+    values = [self._started, self._num_unrolls, *statistics]
+    answer = self._run(
+      (self._heartbeat, self._read_requirements),
+      {self._heartbeat_values: values},
+    )
+    if answer is not None:
+      (_, last), (_, is_done) = answer
+      self._check_alone(*last)
+      self._is_known = True
+      self.is_done |= bool(is_done)
+
+  def leave(self):
+    """Tells the chief, if it's there, that this task ends."""
+    self._left = True
+    if self._is_known:
+      with contextlib.suppress(*LEARNER_GONE, *_PERHAPS_GONE, RuntimeError):
+        self._session.run(self._leave, options=_within(HEARTBEAT_SECONDS))
+    super().leave()
+
+  def _load_parameters(self):
+    """Copies the learners' variables; returns False if this task is to end.
+
+    Those who come while another waits for the same share one copy.
+    """
+    requested = time.monotonic()
+    with self._load_lock:
+      self._num_unrolls += 1
+      if self._load_begin > requested:
+        return not self._stops()
+      self._load_begin = time.monotonic()
+      return self._run(self._load) is not None
+
+  def _enter(self, session):
+    """Raises UserError if there is another task of this number."""
+    first = None
+    # If its last heartbeat is of a task that was killed, none follows.
+    end = time.monotonic() + 2 * HEARTBEAT_SECONDS
+    while time.monotonic() < end and not self._stops():
+      last = session.run(self._last_heartbeat, options=_within(_ANSWER_SECONDS))
+      if not self._is_of_another(*last[:2]):
+        return
+      if first is not None and first[1][0] != last[1][0]:
+        self._check_alone(*last)
+      first = first or last
+      time.sleep(0.5)
+
+  def _is_of_another(self, now, heartbeat):
+    """Returns whether a heartbeat is of a task that lives and came first."""
+    heartbeat = Heartbeat(*heartbeat)
+    return (
+      0 < heartbeat.started < self._started
+      and now - heartbeat.time < _LOST_SECONDS
+    )
+
+  def _check_alone(self, now, heartbeat, address):
+    if self._is_of_another(now, heartbeat):
+      self._is_known = False
+      raise UserError(
+        f'There is an actor {self._cluster.task} already, at '
+        f'{six.ensure_str(address)}: give the one at {self._cluster.address} '
+        'another --task.'
+      )
 
 
 def _within(seconds):
@@ -553,12 +877,12 @@ def _within(seconds):
 def _close(session):
   """Closes a session; returns the thread that does so.
 
-  If the learner is there, this ends the calls under way. If it isn't, the
+  If the learners are there, this ends the calls under way. If one isn't, the
   thread waits until they have timed out.
   """
 
   def close():
-    with contextlib.suppress(*_LEARNER_GONE):
+    with contextlib.suppress(*LEARNER_GONE, *_PERHAPS_GONE):
       session.close()
 
   thread = threading.Thread(target=close, daemon=True)
@@ -566,68 +890,13 @@ def _close(session):
   return thread
 
 
-def _client_config():
-  config = tf.ConfigProto(operation_timeout_in_ms=1000 * _ANSWER_SECONDS)
-  # If the learner's host vanishes, the connection to it stays open for minutes.
+def _client_session(cluster, config):
+  """As `Cluster.session`, for transfers alone."""
+  target, config = cluster.session(config)
+  config.operation_timeout_in_ms = 1000 * _ANSWER_SECONDS
+  # If a learner's host vanishes, the connection to it stays open for minutes.
   # So a new session needs a connection of its own.
   config.rpc_options.disable_session_connection_sharing = True
-  # The graph has nothing to optimise, but the learner would try for each task.
+  # There is nothing to optimise.
   config.graph_options.rewrite_options.disable_meta_optimizer = True
-  return config
-
-
-class ParameterSync(tf.train.SessionRunHook):
-  """Makes the environments of an actor task play in rounds.
-
-  In a round, each environment plays an unroll, all with the same parameters.
-  Between two rounds, the next parameters are fetched from the learner.
-  """
-
-  def __init__(self, client, agent, num_environments):
-    self._client = client
-    self._barrier = threading.Barrier(num_environments, self._end_round)
-    self._values = (
-      tf.placeholder(tf.float32, [None]),
-      tf.placeholder(tf.int64, []),
-    )
-    parameters, step = self._values
-    variables = agent.variables
-    parts = tf.split(parameters, [v.shape.num_elements() for v in variables])
-    self._load_op = tf.group(
-      tf.train.get_global_step().assign(step, read_value=False),
-      *(
-        variable.assign(tf.reshape(part, variable.shape), read_value=False)
-        for variable, part in zip(variables, parts, strict=True)
-      ),
-    )
-    self._load = None
-    self.num_unrolls = 0
-
-  def after_create_session(self, session, coord):
-    del coord
-    self._load = session.make_callable(self._load_op, [*self._values])
-    self._fetch()
-
-  def on_unroll(self, actor, unroll):
-    """Sends an unroll and waits for the end of the round; see `ActorLoops`."""
-    del actor
-    if not self._client.send(unroll):
-      return False
-    try:
-      self._barrier.wait()
-    except threading.BrokenBarrierError:
-      return False
-    return True
-
-  def stop(self):
-    """Ends the environments' wait for the end of the round."""
-    self._barrier.abort()
-
-  def _end_round(self):
-    self.num_unrolls += self._barrier.parties
-    self._fetch()
-
-  def _fetch(self):
-    values = self._client.read()
-    if values is not None:
-      self._load(*values)
+  return target, config

@@ -33,6 +33,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 
 from absl import app, flags
 
@@ -103,18 +104,31 @@ flags.DEFINE_integer(
 flags.DEFINE_enum(
   'job_name', 'learner', ['learner', 'actor'], 'Job of this task.'
 )
+flags.DEFINE_integer(
+  'num_learners',
+  1,
+  'Synchronous learners, with an equal part of each batch and of the variables '
+  'each: as many as --learner_addresses has, or, in training on one machine, '
+  'one per GPU.',
+  lower_bound=1,
+)
+flags.DEFINE_list(
+  'learner_addresses',
+  None,
+  'host:port of each learner task, with commas between. At localhost only this '
+  'host can reach a learner; else it listens on all interfaces, and whoever '
+  'reaches it can do anything: only for networks that you trust.',
+)
 flags.DEFINE_string(
   'learner_address',
   'localhost:8000',
-  'host:port of the learner task. With localhost only this host can reach it; '
-  'else it listens on all interfaces, and who reaches it can do anything: only '
-  'for networks that you trust.',
+  'host:port of the learner task, where there is only one.',
 )
 flags.DEFINE_string(
   'actor_address',
   None,
-  'host:port by which the learner calls this actor task in its reports, '
-  'localhost:<8001 + task> by default. Actor tasks open no port.',
+  'host:port by which the learners call this actor task; by default, its '
+  'address in the network of the learner, and any port that is free.',
 )
 flags.DEFINE_integer(
   'test_interval_frames',
@@ -336,6 +350,8 @@ _RUN_FLAGS = (
   'checkpoint',
   'job_name',
   'task',
+  'num_learners',
+  'learner_addresses',
   'learner_address',
   'actor_address',
   'test_interval_frames',
@@ -731,14 +747,17 @@ def build_training(agent, queues, devices=(None,)):
     devices: list of the learners' devices.
 
   Returns:
-    `Update`.
+    `Update`, and the op that ends the learners' waits for unrolls.
   """
-  towers, batches, wait_seconds = [], [], []
+  towers, batches, wait_seconds, end_waits = [], [], [], []
+  # Of a chief that was killed, there may be others in the learners' tasks.
+  unique = time.time_ns()
   for k, (queue, device) in enumerate(zip(queues, devices, strict=True)):
     with tf.device(device):
       with tf.device('/cpu:0'):
-        batch, seconds = build_staging(
-          queue, FLAGS.batch_size // len(queues), f'staged_batches_{k}'
+        batch, seconds, end = build_staging(
+          *(queue, FLAGS.batch_size // len(queues)),
+          name=f'staged_batches_{k}_{unique}',
         )
       output = batch.actor_output
       towers.append(
@@ -748,6 +767,7 @@ def build_training(agent, queues, devices=(None,)):
       )
     batches.append(batch)
     wait_seconds.append(seconds)
+    end_waits.append(end)
   learner = build_update(agent, towers)
   # The first entry was counted as the last one of the unroll before.
   env_outputs = _index(
@@ -755,7 +775,7 @@ def build_training(agent, queues, devices=(None,)):
   )
   begun = tf.concat([batch.global_step for batch in batches], 0)
   lag = learner.global_step - _frames_per_update() - begun
-  return Update(
+  update = Update(
     learner=learner,
     level_name=tf.concat([b.actor_output.level_name for b in batches], 0),
     game_over=tf.concat([output.game_over for output in env_outputs], 1),
@@ -767,6 +787,7 @@ def build_training(agent, queues, devices=(None,)):
     queue_size=tf.stack([queue.queue.size() for queue in queues]),
     wait_seconds=tf.stack(wait_seconds),
   )
+  return update, tf.group(end_waits)
 
 
 # --- Building blocks of the runs --------------------------------------------
@@ -794,8 +815,9 @@ def _choose_game(num_actions=None):
 
 
 @contextlib.contextmanager
-def _new_graph():
-  with tf.Graph().as_default():
+def _new_graph(device=None):
+  """Makes the default graph, whose operations are on a device by default."""
+  with tf.Graph().as_default(), tf.device(device):
     # Each actor task draws other actions.
     is_actor = FLAGS.mode == 'train' and FLAGS.job_name == 'actor'
     tf.set_random_seed(
@@ -969,15 +991,15 @@ def train():
     game = _choose_game(len(description['action_set']))
   else:
     game = _choose_game()
-  with _new_graph(), stop_signals() as signals:
-    agent = _new_agent(game)
-    prepare = _prepare_alone if FLAGS.task == -1 else _prepare_learner_task
-    actors, update, queue = prepare(game, agent)
-    py_process.reserve_descriptors(len(actors.processes))
+  tasks = None if FLAGS.task == -1 else _cluster()
+  with _new_graph(tasks and tasks.learner_device()), stop_signals() as signals:
+    training = _prepare_chief(game, tasks) if tasks else _prepare_alone(game)
+    py_process.reserve_descriptors(len(training.actors.processes))
     _make_folder('logdir', FLAGS.logdir)
     with log_folder.lock(FLAGS.logdir):
       _prepare_log_folder(game, description)
-      _run_training(game, actors, update, queue, signals)
+      _run_training(game, training, signals)
+  _exit_if_moved(signals)
 
 
 def _prepare_log_folder(game, description):
@@ -1013,8 +1035,10 @@ def _prepare_log_folder(game, description):
     raise _not_writable('logdir', error) from None
 
 
-def _run_training(game, actors, update, queue, signals):
+def _run_training(game, training, signals):
   """Runs the session of a training, and says what came of it."""
+  actors, tasks = training.actors, training.tasks
+  has_others = tasks is not None and len(tasks.learners) > 1
   metrics = Metrics(
     FLAGS.logdir,
     FLAGS.level_name,
@@ -1024,15 +1048,21 @@ def _run_training(game, actors, update, queue, signals):
     FLAGS.num_action_repeats,
   )
   tests = _background_tests(metrics)
-  saver = checkpoints.Saver(sharded=True, allow_empty=True, defer_build=True)
-  close_queue = queue.queue.close(cancel_pending_enqueues=True)
-  config = _session_config(FLAGS.num_actors)
+  # Only the chief's task writes checkpoints.
+  saver = checkpoints.Saver(
+    sharded=tasks is None, allow_empty=True, defer_build=True
+  )
+  target, config = '', _session_config(FLAGS.num_actors)
   print_line(_describe_device('learner'))
+  if tasks:
+    tasks.start_server(config)
+    print_line(tasks.describe())
+    target, config = tasks.session(config)
+    if not cluster.wait_for_learners(tasks, signals):
+      return
   try:
     with tf.train.MonitoredTrainingSession(
-      master=''
-      if FLAGS.task == -1
-      else cluster.start_server(FLAGS.learner_address, config),
+      master=target,
       checkpoint_dir=FLAGS.logdir,
       scaffold=tf.train.Scaffold(saver=saver),
       save_checkpoint_secs=FLAGS.save_checkpoint_secs,
@@ -1046,16 +1076,24 @@ def _run_training(game, actors, update, queue, signals):
     ) as session:
       metrics.global_step = int(actors.session.run(tf.train.get_global_step()))
       learner = LearnerLoop(
-        *(session, update, metrics, actors.coord),
+        *(session, training.update, metrics, actors.coord),
         total_frames=FLAGS.total_environment_frames,
       )
       learner.start()
-      _watch_training(actors, metrics, signals, tests)
+      try:
+        _watch_training(actors, metrics, signals, tests)
+        if has_others:
+          actors.coord.raise_requested_exception()
+      except cluster.LEARNER_GONE as error:
+        if not has_others:
+          raise
+        tests.close()
+        _begin_anew(error)
       actors.coord.request_stop()
-      actors.close(learner.error)
-      # Ends all waits for the queue; an update under way is finished.
+      actors.close(goes_on=bool(learner.error) or _is_moved(signals))
+      # An update under way is finished.
       with contextlib.suppress(*SESSION_LOST):
-        actors.session.run(close_queue)
+        actors.session.run(training.end_waits)
       learner.join()
       # Raised inside of the session's context, it keeps the session from
       # saving a last checkpoint.
@@ -1071,10 +1109,51 @@ def _run_training(game, actors, update, queue, signals):
         )
     # The session's end keeps some errors of other threads to itself.
     actors.coord.raise_requested_exception()
+    if has_others and not _is_moved(signals):
+      actors.end_learners(tasks, config)
   finally:
     tests.close()
     py_process.close_all(actors.processes)
   _report_end(metrics, learner.num_updates, saver.error)
+
+
+def _begin_anew(reason):
+  """Starts this program again, which waits for all learners to be there.
+
+  A session over a learner that is gone can't be closed.
+  """
+  print_line(
+    f'A learner is gone ({explain(reason)}): training goes on from the last '
+    f'checkpoint in {FLAGS.logdir} once it is back.'
+  )
+  for fd in map(int, os.listdir('/proc/self/fd')):
+    if fd > 2:
+      # That which listed the folder is closed.
+      with contextlib.suppress(OSError):
+        os.set_inheritable(fd, False)
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+# The exit code of a task that was told to end by SIGTERM, and not by its user:
+# that of sysexits.h for "try again later".
+_MOVED = os.EX_TEMPFAIL
+
+
+def _is_moved(signals):
+  """Returns whether this task is to end, and to go on elsewhere.
+
+  Cluster managers send SIGTERM to a task that they move.
+  """
+  return FLAGS.task != -1 and signal.SIGTERM in signals
+
+
+def _exit_if_moved(signals):
+  if _is_moved(signals):
+    print_line(
+      f'SIGTERM: this task ends with exit code {_MOVED}, to be started again. '
+      'The other tasks wait for it.'
+    )
+    sys.exit(_MOVED)
 
 
 def _report_end(metrics, num_updates, save_error):
@@ -1109,12 +1188,14 @@ def _report_end(metrics, num_updates, save_error):
   )
 
 
-def _prepare_alone(game, agent):
-  """Builds a training whose actors run here.
+# What a training is made of: `Actors`, the `Update`, the op that ends all waits
+# of actors and learners for another, and the `Cluster`; None on one machine.
+Training = collections.namedtuple('Training', 'actors update end_waits tasks')
 
-  Returns:
-    `ActorLoops`, the `Update`, and the `NestQueue` between both.
-  """
+
+def _prepare_alone(game):
+  """Builds a `Training` whose actors run here."""
+  agent = _new_agent(game)
   processes = _create_processes(game, FLAGS.num_actors)
   actor, index = _build_actor_for(game, agent, processes)
   unroll = build_unroll(actor)
@@ -1123,30 +1204,58 @@ def _prepare_alone(game, agent):
     *(game, actor, index, processes, queue.enqueue(unroll)),
     lambda actor, values: True,
   )
-  return loops, build_training(agent, [queue]), queue
+  devices = [None]
+  if FLAGS.num_learners > 1:
+    devices = [f'/gpu:{k}' for k in range(FLAGS.num_learners)]
+  update, end_learners = build_training(agent, [queue] * len(devices), devices)
+  end_actors = queue.queue.close(cancel_pending_enqueues=True)
+  return Training(loops, update, tf.group(end_actors, end_learners), None)
 
 
-def _prepare_learner_task(game, agent):
-  """As `_prepare_alone`, but the actors are tasks of their own."""
-  unroll = _unroll_specs(game)
-  shared = cluster.SharedState(lambda: build_queue(unroll))
-  update = build_training(agent, [shared.queue])
+def _prepare_chief(game, tasks):
+  """Builds a `Training` of learner tasks, whose actors are tasks as well.
+
+  Args:
+    game: `Game`.
+    tasks: `Cluster`.
+  """
+  variables, unroll = _actor_specs(game)
+  tasks.place_variables(variables)
+  agent = _new_agent(game)
+  devices = [tasks.learner_device(k) for k in range(len(tasks.learners))]
+  update, end_learners = build_training(
+    agent, [_build_learner_queue(unroll, device) for device in devices], devices
+  )
   registry = cluster.ActorRegistry(
-    shared,
-    agent,
-    update.learner.global_step,
+    cluster.SharedState(tasks.learner_device()),
     _task_requirements(game),
     FLAGS.num_actors,
+    devices,
   )
-  return registry, update, shared.queue
+  return Training(registry, update, end_learners, tasks)
 
 
-def _unroll_specs(game):
-  """Returns the `Unroll` of `tf.TensorSpec` that actor tasks send."""
+def _build_learner_queue(unroll, device):
+  with tf.device(None), tf.device(device):
+    return build_queue(unroll)
+
+
+def _cluster():
+  """Returns the `Cluster` that this task is in."""
+  learners = FLAGS.learner_addresses
+  is_learner = FLAGS.job_name == 'learner'
+  return cluster.Cluster(
+    *(learners, FLAGS.job_name, FLAGS.task),
+    address=learners[FLAGS.task] if is_learner else FLAGS.actor_address,
+  )
+
+
+def _actor_specs(game):
+  """Returns the variables of an actor task, and its `Unroll` of specs."""
   with _new_graph():
     agent = _new_agent(game)
     actor, _ = _build_actor_for(game, agent, _create_processes(game, 1))
-    return tf.nest.map_structure(
+    return agent.variables, tf.nest.map_structure(
       lambda t: tf.TensorSpec(t.shape, t.dtype), build_unroll(actor)
     )
 
@@ -1155,6 +1264,7 @@ def _task_requirements(game):
   """Returns what learner and actor tasks must agree on, as JSON."""
   return json.dumps(
     {
+      '--num_learners': FLAGS.num_learners,
       '--level_name': FLAGS.level_name,
       '--torso': FLAGS.torso,
       '--core': FLAGS.core,
@@ -1224,53 +1334,54 @@ def _background_tests(metrics):
 def act():
   """Plays as an actor task until the learner is done, an error, or a signal."""
   game = _choose_game()
-  with _new_graph(), stop_signals() as signals:
+  tasks = _cluster()
+  with _new_graph(tasks.actor_device()), stop_signals() as signals:
     agent = _new_agent(game)
     processes = _create_processes(game, FLAGS.environments_per_actor)
     actor, index = _build_actor_for(game, agent, processes)
     py_process.reserve_descriptors(len(processes))
     unroll = build_unroll(actor)
-    client = cluster.LearnerClient(
-      FLAGS.learner_address,
-      FLAGS.task,
-      FLAGS.actor_address,
-      unroll,
-      lambda: build_queue(unroll),
-      _task_requirements(game),
-      signals,
-    )
-    parameters = cluster.ParameterSync(client, agent, len(processes))
-    loops = _actor_loops(
-      game, actor, index, processes, unroll, parameters.on_unroll
-    )
+    tasks.place_variables(agent.variables)
     config = _session_config(len(processes))
     config.device_count['GPU'] = 0  # Accelerators belong to the learner.
+    tasks.start_server(config)
+    client = cluster.ActorClient(
+      *(tasks, _task_requirements(game), config, signals),
+      lambda device: _build_learner_queue(unroll, device),
+      [*agent.variables, tf.train.get_global_step()],
+    )
+    loops = _actor_loops(
+      game, actor, index, processes, unroll, client.on_unroll
+    )
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     try:
       if client.join():
+        target, config = tasks.session(config, with_learners=False)
         with tf.train.MonitoredSession(
-          tf.train.ChiefSessionCreator(config=config),
-          hooks=[parameters, loops],
+          tf.train.ChiefSessionCreator(master=target, config=config),
+          hooks=[client, loops],
           stop_grace_period_secs=5,
         ):
-          _watch_learner(client, parameters, loops, signals)
+          _watch_learner(client, loops, signals)
           loops.coord.request_stop()
           client.leave()
-          parameters.stop()
           loops.close()
       reason = 'the learner is done' if client.is_done else 'stopped'
       print_line(f'Actor {FLAGS.task} ends: {reason}.')
     finally:
       loops.close()
+  _exit_if_moved(signals)
 
 
-def _watch_learner(client, parameters, loops, signals):
+def _watch_learner(client, loops, signals):
   """Waits for the end, while a thread sends heartbeats."""
 
   def send_heartbeats():
     with loops.coord.stop_on_exception():
-      while not loops.coord.wait_for_stop(cluster.HEARTBEAT_SECONDS):
-        client.send_heartbeat(parameters.num_unrolls, loops.statistics())
+      while True:
+        client.send_heartbeat(loops.statistics())
+        if loops.coord.wait_for_stop(cluster.HEARTBEAT_SECONDS):
+          return
 
   # The main thread must be free to handle signals.
   threading.Thread(target=send_heartbeats, daemon=True).start()
@@ -1279,6 +1390,32 @@ def _watch_learner(client, parameters, loops, signals):
     signals,
     poll=lambda: None,
   )
+
+
+# --- Another learner --------------------------------------------------------
+
+
+def serve():
+  """Computes as a learner task for the chief, learner 0, until it is done."""
+  game = _choose_game()
+  tasks = _cluster()
+  _actor_specs(game)  # Loads the operations that the chief will use here.
+  with _new_graph(), stop_signals() as signals:
+    config = _session_config(0)
+    tasks.start_server(config)
+    print_line(_describe_device(f'learner {FLAGS.task}'))
+    print_line(tasks.describe())
+    client = cluster.LearnerClient(
+      tasks, _task_requirements(game), config, signals
+    )
+    client.join()
+    while not (client.is_done or signals):
+      client.watch_end()
+      time.sleep(cluster.HEARTBEAT_SECONDS)
+    client.leave()
+  reason = 'learner 0 is done' if client.is_done else 'stopped'
+  print_line(f'Learner {FLAGS.task} ends: {reason}.')
+  _exit_if_moved(signals)
 
 
 # --- Test -------------------------------------------------------------------
@@ -1453,23 +1590,71 @@ def _check_flags():
     FLAGS['job_name'].present or FLAGS.job_name == 'actor'
   ):
     raise UserError(
-      f'--job_name={FLAGS.job_name} needs a --task: 0 for the learner; 0, 1, 2 '
-      '... for the actors. To train on this machine alone, leave both out.'
+      f'--job_name={FLAGS.job_name} needs a --task: 0, 1, 2 ... To train on '
+      'this machine alone, leave both out.'
     )
-  if FLAGS.task < -1 or (FLAGS.task > 0 and FLAGS.job_name == 'learner'):
+  if FLAGS.task < -1:
     raise UserError(
-      f'--job_name={FLAGS.job_name} has no --task={FLAGS.task}: the learner is '
-      'task 0, the actors are tasks 0, 1, 2 ...'
+      f'--job_name={FLAGS.job_name} has no --task={FLAGS.task}: tasks are '
+      '0, 1, 2 ...'
     )
-  if FLAGS.actor_address is None:
-    FLAGS.actor_address = f'localhost:{8001 + FLAGS.task}'
-  for name in ('learner_address', 'actor_address'):
-    address = FLAGS[name].value
-    match = re.fullmatch(
-      r'(?:[^\s\[\]:]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})', str(address)
+  _check_learners()
+  for name, addresses in (
+    ('learner_addresses', FLAGS.learner_addresses),
+    ('actor_address', [FLAGS.actor_address or 'localhost:0']),
+  ):
+    for address in addresses:
+      match = re.fullmatch(
+        r'(?:[^\s\[\]:]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})', str(address)
+      )
+      if not match or int(match[1]) > 65535:
+        raise UserError(f'--{name}={address} is no host:port.')
+
+
+def _check_learners():
+  """Completes the flags of the learners, see `_check_flags`."""
+  if FLAGS.learner_addresses is None:
+    FLAGS.learner_addresses = [FLAGS.learner_address]
+    if FLAGS.task != -1 and FLAGS.num_learners > 1:
+      raise UserError(
+        f'--num_learners={FLAGS.num_learners} needs the --learner_addresses of '
+        'all learner tasks.'
+      )
+  else:
+    if FLAGS['learner_address'].present:
+      raise UserError(
+        'Give --learner_address or --learner_addresses, not both.'
+      )
+    count = len(FLAGS.learner_addresses)
+    if FLAGS.num_learners not in (1, count) or count != len(
+      set(FLAGS.learner_addresses)
+    ):
+      raise UserError(
+        f'--learner_addresses={",".join(FLAGS.learner_addresses)} must have '
+        f'an address for each of the --num_learners={FLAGS.num_learners}, and '
+        'none of them twice.'
+      )
+    FLAGS.num_learners = count
+  count = FLAGS.num_learners
+  if FLAGS.job_name == 'learner' and FLAGS.task >= count:
+    raise UserError(
+      f'--job_name=learner has no --task={FLAGS.task}: with {count} '
+      f'learner{"s" * (count > 1)}, the last is {count - 1}. More of them need '
+      'their --learner_addresses.'
     )
-    if not match or int(match[1]) > 65535:
-      raise UserError(f'--{name}={address} is no host:port.')
+  if FLAGS.task == -1 and count > 1:
+    gpus = len(tf.config.list_physical_devices('GPU'))
+    if gpus < count:
+      raise UserError(
+        f'--num_learners={count} needs as many GPUs on one machine, but it '
+        f'has {gpus}: leave it out, or give a --task and the '
+        '--learner_addresses of learner tasks on many machines.'
+      )
+  if FLAGS.batch_size % count:
+    raise UserError(
+      f'--batch_size={FLAGS.batch_size} can not be split evenly between '
+      f'{count} learners: give a multiple of {count}.'
+    )
 
 
 def _take_tf_config(text):
@@ -1509,8 +1694,14 @@ def main(_):
   )
   try:
     _check_flags()
-    run = act if FLAGS.job_name == 'actor' else train
-    {'train': run, 'test': test}[FLAGS.mode]()
+    if FLAGS.mode == 'test':
+      test()
+    elif FLAGS.job_name == 'actor':
+      act()
+    elif FLAGS.task > 0:
+      serve()
+    else:
+      train()
   except KeyboardInterrupt:  # Before anything was started.
     sys.exit(128 + signal.SIGINT)
   except UserError as error:

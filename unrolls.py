@@ -39,6 +39,12 @@ class NestQueue:
       name=name,
     )
 
+  def placeholders(self):
+    """Returns a nest to feed and enqueue."""
+    return tf.nest.map_structure(
+      lambda t: tf.placeholder(t.dtype, t.shape), self._like
+    )
+
   def enqueue(self, nest):
     return self.queue.enqueue(tf.nest.flatten(nest))
 
@@ -77,8 +83,8 @@ def build_staging(queue, batch_size, name):
     name: of the queue of batches.
 
   Returns:
-    A nest of `Unroll`, its outputs time-major: [T + 1, B, ...]; and the seconds
-    that the learner waited for it.
+    A nest of `Unroll`, its outputs time-major: [T + 1, B, ...]; the seconds
+    that the learner waited for it; and the op that ends such a wait.
   """
   batch = queue.dequeue_many(batch_size)
   actor_output = batch.actor_output
@@ -99,7 +105,7 @@ def build_staging(queue, batch_size, name):
     batch = staged.dequeue()
   with tf.control_dependencies(tf.nest.flatten(batch)):
     wait_seconds = tf.timestamp() - begin
-  return batch, wait_seconds
+  return batch, wait_seconds, staged.queue.close(cancel_pending_enqueues=True)
 
 
 def _swap_leading_dims(tensor):
