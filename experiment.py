@@ -86,7 +86,7 @@ flags.DEFINE_string(
   'level_name',
   'explore_goal_locations_small',
   'What to play: a level of DeepMind Lab, gym: and the id of a Gymnasium '
-  'environment with images and discrete actions, e.g. gym:VizdoomBasic-v1, '
+  'environment with images and finitely many actions, e.g. gym:VizdoomBasic-v1, '
   'gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
 )
 flags.DEFINE_integer(
