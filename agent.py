@@ -67,6 +67,7 @@ class Agent(snt.Module):
     """
     super().__init__(name)
     self.num_actions = num_actions
+    self._has_heads = np.ndim(num_actions) == 1
     sizes = np.atleast_1d(num_actions)
     self._num_logits = int(sizes.sum())
     # Of the heads among all logits.
@@ -85,7 +86,12 @@ class Agent(snt.Module):
       self._core = snt.LSTM(
         256, w_i_init=snt.initializers.VarianceScaling(4.0), name='core'
       )
-    self._policy = snt.Linear(self._num_logits, name='policy_logits')
+    # The names of the variables tell the heads apart, as their shapes can't: a
+    # checkpoint fits none but its own agent.
+    suffixes = map(str, num_actions) if self._has_heads else []
+    self._policy = snt.Linear(
+      self._num_logits, name='_'.join(['policy_logits', *suffixes])
+    )
     self._baseline = snt.Linear(1, name='baseline')
 
   def initial_state(self, batch_size):
@@ -191,7 +197,7 @@ class Agent(snt.Module):
 
   def _one_hot(self, action):
     """Returns float32 [N, number of logits], a one for each head."""
-    if np.ndim(self.num_actions) == 0:
+    if not self._has_heads:
       return tf.one_hot(action, self.num_actions)
     indices = action + self._offsets.astype(np.int32)
     return tf.reduce_sum(tf.one_hot(indices, self._num_logits), axis=1)
@@ -207,7 +213,7 @@ class Agent(snt.Module):
 
   def _split(self, logits):
     """Returns the policy's logits by head, if there are several."""
-    if np.ndim(self.num_actions) == 0:
+    if not self._has_heads:
       return logits
     sizes = np.array(self.num_actions)[:, np.newaxis]
     column = np.arange(sizes.max())

@@ -86,8 +86,8 @@ flags.DEFINE_string(
   'level_name',
   'explore_goal_locations_small',
   'What to play: a level of DeepMind Lab, gym: and the id of a Gymnasium '
-  'environment with images and finitely many actions, e.g. gym:VizdoomBasic-v1, '
-  'gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
+  'environment with images and finitely many actions, e.g. '
+  'gym:VizdoomBasic-v1, gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
 )
 flags.DEFINE_integer(
   'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1

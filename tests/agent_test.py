@@ -118,7 +118,7 @@ def test_heads_are_parts_of_one_layer():
     shapes = {v.name: v.shape.as_list() for v in agent.variables}
     logits = agent._split(tf.constant(flat))
     one_hot, logits, output = run_graph((one_hot, logits, output))
-  assert shapes['agent/policy_logits/w:0'] == [256, 9]
+  assert shapes['agent/policy_logits_2_4_3/w:0'] == [256, 9]
   # Features of the frame and the instruction, the last reward and action.
   assert shapes['agent/core/w_i:0'] == [256 + 64 + 1 + 9, 1024]
   np.testing.assert_array_equal(

@@ -140,6 +140,10 @@ def test_actions_of_several_heads_are_reproduced(tmp_path):
   assert all(4000 <= value <= 6310 for value in returns)
   assert len(set(returns)) > 1
   assert os.listdir(tmp_path / 'videos')
+  # Of as many logits, but other heads.
+  save_agent(tmp_path / 'other', num_actions=(3, 4, 2))
+  with pytest.raises(UserError, match='agent/policy_logits_2_4_3/w is missing'):
+    play(tmp_path / 'other', level_name=level)
 
 
 def test_killed_test_goes_on_to_the_same_result(tmp_path):
