@@ -557,10 +557,10 @@ def test_agent_learns_actions_of_several_heads(tmp_path):
     '--max_gradient_norm=40',
   ]
   # The second goes on where the first ended.
-  for frames in (6000, 12000):
+  for frames in (4800, 9600):
     code, output = run(*train, f'--total_environment_frames={frames}')
     assert code == 0, output
-  assert 'in this run by 75 updates' in output
+  assert 'in this run by 60 updates' in output
   returns = plot.read_scalars(logdir)[f'{level}/episode_return'][:, 1]
   # Ten answers, +1 or -1 each. Chance is -20/3; with one of the two always
   # right, and the other by chance, it is 0.
