@@ -9,6 +9,7 @@ neither flags nor training.
 
 import collections
 
+import numpy as np
 import sonnet as snt
 import tensorflow.compat.v1 as tf
 
@@ -31,7 +32,16 @@ class Agent(snt.Module):
   is an LSTM; its state is reset where an episode begins. Without a core, it is
   the feed-forward network of the paper's Atari agents (appendix G), which sees
   the frame alone, and whose state is empty.
+
+  An action is one of `num_actions`. Or it is made of several, each chosen
+  independently of the others by a head of the policy. Then actions have a
+  dimension more, [..., num_heads], and logits as well, [..., num_heads, the
+  most actions of a head]: those that other heads lack have probability 0.
   """
+
+  # Logit of an action that a head lacks: with minus infinity, the entropy would
+  # not be finite.
+  _LACKING = -1e9
 
   def __init__(
     self,
@@ -45,7 +55,8 @@ class Agent(snt.Module):
     """Makes the modules.
 
     Args:
-      num_actions: int, number of actions to choose from.
+      num_actions: int, number of actions to choose from; or a sequence of
+        ints, those of several heads.
       torso: 'deep' or 'shallow'.
       precision: of what convolutions multiply, 'float32' or 'bfloat16'. Those
         of TensorFlow need a session that rewrites them.
@@ -56,6 +67,11 @@ class Agent(snt.Module):
     """
     super().__init__(name)
     self.num_actions = num_actions
+    self._has_heads = np.ndim(num_actions) == 1
+    sizes = np.atleast_1d(num_actions)
+    self._num_logits = int(sizes.sum())
+    # Of the heads among all logits.
+    self._offsets = np.cumsum(sizes) - sizes
     self._frame_statistics = FrameStatistics() if normalize_frames else None
     self._frame_encoder = {
       'deep': lambda: _DeepEncoder(precision),
@@ -70,12 +86,26 @@ class Agent(snt.Module):
       self._core = snt.LSTM(
         256, w_i_init=snt.initializers.VarianceScaling(4.0), name='core'
       )
-    self._policy = snt.Linear(num_actions, name='policy_logits')
+    # The names of the variables tell the heads apart, as their shapes can't: a
+    # checkpoint fits none but its own agent.
+    suffixes = map(str, num_actions) if self._has_heads else []
+    self._policy = snt.Linear(
+      self._num_logits, name='_'.join(['policy_logits', *suffixes])
+    )
     self._baseline = snt.Linear(1, name='baseline')
 
   def initial_state(self, batch_size):
     """Returns the core's state [batch_size, ...] before the first step."""
     return () if self._core is None else self._core.initial_state(batch_size)
+
+  def initial_output(self):
+    """Returns the `AgentOutput`, without B, of no step: all zeros."""
+    sizes = np.array(self.num_actions)
+    return AgentOutput(
+      action=tf.zeros(sizes.shape, tf.int32),
+      policy_logits=tf.zeros([*sizes.shape, sizes.max()]),
+      baseline=tf.constant(0.0),
+    )
 
   def observe(self, env_outputs):
     """Builds the update of the statistics of frames.
@@ -97,13 +127,13 @@ class Agent(snt.Module):
     """Chooses actions for one step.
 
     Args:
-      input_: pair of the last action, int32 [B], and a `StepOutput` of
-        [B, ...].
+      input_: pair of the last action, int32 [B] or [B, num_heads], and a
+        `StepOutput` of [B, ...].
       core_state: state of the LSTM before the step, [B, ...].
 
     Returns:
-      `AgentOutput` of int32 [B], float32 [B, num_actions] and float32 [B], and
-      the next state.
+      `AgentOutput` of the action, as above; logits, float32 [B, num_actions] or
+      [B, num_heads, ...]; and the baseline, float32 [B]. And the next state.
     """
     last_action, env_output = input_
     features = self._torso(last_action, env_output)
@@ -118,7 +148,8 @@ class Agent(snt.Module):
     """Runs the agent over a sequence.
 
     Args:
-      actions: the actions that led to `env_outputs`, int32 [T, B].
+      actions: the actions that led to `env_outputs`, int32 [T, B] or [T, B,
+        num_heads].
       env_outputs: `StepOutput` of [T, B, ...].
       core_state: state of the LSTM before the first step, [B, ...].
 
@@ -158,23 +189,60 @@ class Agent(snt.Module):
       [
         features,
         tf.clip_by_value(env_output.reward, -1, 1)[:, tf.newaxis],
-        tf.one_hot(last_action, self.num_actions),
+        self._one_hot(last_action),
         self._instruction_encoder(instruction),
       ],
       axis=1,
     )
 
+  def _one_hot(self, action):
+    """Returns float32 [N, number of logits], a one for each head."""
+    if not self._has_heads:
+      return tf.one_hot(action, self.num_actions)
+    indices = action + self._offsets.astype(np.int32)
+    return tf.reduce_sum(tf.one_hot(indices, self._num_logits), axis=1)
+
   def _head(self, core_output):
     """Returns the `AgentOutput` for the core's output, [N, features]."""
-    policy_logits = self._policy(core_output)
-    action = tf.random.categorical(policy_logits, 1, dtype=tf.int32)
+    policy_logits = self._split(self._policy(core_output))
     return AgentOutput(
-      # If logits are not finite, TensorFlow draws an action beyond the last.
-      # The learner reports such logits, an environment could only crash.
-      action=tf.minimum(tf.squeeze(action, 1), self.num_actions - 1),
+      action=self.draw(policy_logits),
       policy_logits=policy_logits,
       baseline=tf.squeeze(self._baseline(core_output), 1),
     )
+
+  def _split(self, logits):
+    """Returns the policy's logits by head, if there are several."""
+    if not self._has_heads:
+      return logits
+    sizes = np.array(self.num_actions)[:, np.newaxis]
+    column = np.arange(sizes.max())
+    padded = tf.pad(logits, [[0, 0], [0, 1]], constant_values=self._LACKING)
+    indices = self._offsets[:, np.newaxis] + column
+    return tf.gather(
+      padded, np.where(column < sizes, indices, self._num_logits), axis=1
+    )
+
+  def draw(self, policy_logits, seed=None):
+    """Draws actions.
+
+    Args:
+      policy_logits: as in an `AgentOutput`, of [B, ...].
+      seed: int32 [2], decides what is drawn; None draws from the graph's random
+        numbers.
+
+    Returns:
+      int32 [B] or [B, num_heads].
+    """
+    rows = tf.reshape(policy_logits, [-1, policy_logits.shape[-1]])
+    if seed is None:
+      actions = tf.random.categorical(rows, 1, dtype=tf.int32)
+    else:
+      actions = tf.random.stateless_categorical(rows, 1, seed, dtype=tf.int32)
+    actions = tf.reshape(actions, tf.shape(policy_logits)[:-1])
+    # If logits are not finite, TensorFlow draws an action beyond the last. The
+    # learner reports such logits, an environment could only crash.
+    return tf.minimum(actions, np.array(self.num_actions, np.int32) - 1)
 
 
 # Keeps the scale of the signal, as a ReLU sets half of it to zero (arXiv

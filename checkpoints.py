@@ -15,10 +15,10 @@ import os
 import re
 import shutil
 
-import numpy as np
 import tensorflow.compat.v1 as tf
 from absl import logging
 
+import action_sets
 from errors import UserError
 
 # What the agent is made for, beside its checkpoints.
@@ -349,7 +349,9 @@ def find_description(checkpoint):
   try:
     with open(path, encoding='utf-8') as file:
       description = json.load(file)
-    description['torso'], description['action_set']
+    description['torso']
+    # Of before there could be several heads.
+    description.setdefault('num_actions', len(description['action_set']))
     description['frame_shape'][2]
     description['flags'] = {**_OLDER_FLAGS, **description['flags']}
   except FileNotFoundError:
@@ -375,7 +377,7 @@ def save_description(logdir, spec, torso, flag_values, settings):
   description = {
     'torso': torso,
     'frame_shape': list(spec.frame_shape),
-    'action_set': np.asarray(spec.action_set).tolist(),
+    **action_sets.to_json(spec.action_set),
     'settings': settings,
     'flags': flag_values,
   }

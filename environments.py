@@ -59,6 +59,7 @@ import collections
 import contextlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -69,6 +70,7 @@ import warnings
 
 import numpy as np
 
+import action_sets
 import gym_kinds
 import py_process
 
@@ -90,7 +92,8 @@ Step = collections.namedtuple(
   'Step', 'reward done observation game_over truncated'
 )
 
-# action_set: array [num_actions, ...] of what `step` takes.
+# action_set: see `action_sets`; of several heads, `step` takes an int32 array
+# [num_heads].
 # frame_shape: (height, width, channels).
 # picture_channels: of a frame for people, (first, end).
 EnvironmentSpec = collections.namedtuple(
@@ -386,7 +389,7 @@ def _reason(error):
 
 
 class GymEnvironment:
-  """A Gymnasium environment with an image to see and discrete actions.
+  """A Gymnasium environment with an image to see and finitely many actions.
 
   Its class decides how it is played, and not its name: see `gym_kinds`.
   """
@@ -442,8 +445,7 @@ class GymEnvironment:
         lambda cls: cls(num_action_repeats, height, width, full_action_set),
       )
     self._image_key = self._find_image(self._env.observation_space)
-    self._actions = self._find_actions(self._env.action_space)
-    self._to_action = self._env.action_space.dtype.type
+    self._action_set = action_sets.of_space(self._env.action_space)
 
   def initial(self):
     """Starts an episode and returns its first observation."""
@@ -456,7 +458,11 @@ class GymEnvironment:
     return self._shown
 
   def step(self, action):
-    """Repeats `action`, an int; returns a `Step` as a plain tuple."""
+    """Repeats an action; returns a `Step` as a plain tuple.
+
+    Args:
+      action: int, or an int array [num_heads].
+    """
     if self._last is not None:
       return 0.0, False, self._last, False, False
     if self._is_cut:
@@ -481,11 +487,11 @@ class GymEnvironment:
     self._env.close()
 
   def properties(self):
-    """Returns what is in an `EnvironmentSpec`, int32 arrays."""
+    """Returns what is in an `EnvironmentSpec`: JSON and int32 arrays."""
     shape = self._image_space().shape
     num_channels = shape[2] if len(shape) == 3 else 1
     return (
-      self._actions,
+      json.dumps(action_sets.to_json(self._action_set)),
       np.array([*self._kind.size, num_channels], np.int32),
       np.array(self._kind.PICTURE_CHANNELS, np.int32),
     )
@@ -493,7 +499,7 @@ class GymEnvironment:
   def _repeat(self, action):
     """Returns what the environment's step does, with the sum of rewards."""
     self._num_steps += 1
-    action = self._to_action(action)
+    action = action_sets.to_space(self._env.action_space, action)
     total_reward = 0.0
     for _ in range(self._kind.num_calls()):
       observation, reward, terminated, truncated, info = self._env.step(action)
@@ -538,13 +544,6 @@ class GymEnvironment:
       f'width, channels], alone or in a dict, but {observations}'
     )
 
-  def _find_actions(self, space):
-    from gymnasium import spaces
-
-    if not isinstance(space, spaces.Discrete):
-      raise ValueError(f'its actions must be Discrete, but are {space}')
-    return np.arange(space.start, space.start + space.n, dtype=np.int32)
-
   @staticmethod
   def _modules(constructor_kwargs):
     return gym_kinds.modules_of(constructor_kwargs['level'])
@@ -553,7 +552,8 @@ class GymEnvironment:
   def _tensor_specs(method_name, kwargs, constructor_kwargs):
     del kwargs
     if method_name == 'properties':
-      return tuple(py_process.ArraySpec((n,), np.int32) for n in (None, 3, 2))
+      text = py_process.ArraySpec((), object)
+      return text, *(py_process.ArraySpec((n,), np.int32) for n in (3, 2))
     frame_shape = [
       constructor_kwargs[name] for name in ('height', 'width', 'num_channels')
     ]
@@ -574,7 +574,7 @@ class GymEnvironment:
     probe = cls._process(level, 0, settings, settings.height, settings.width)
     try:
       probe.start()
-      action_set, *properties = probe.call('properties')
+      action_set, *arrays = probe.call('properties')
     except py_process.ProcessError as error:
       raise ValueError(
         f'Level {level!r} can not be played: {_reason(error)}.'
@@ -582,7 +582,8 @@ class GymEnvironment:
     finally:
       probe.close()
     return EnvironmentSpec(
-      action_set, *(tuple(map(int, array)) for array in properties)
+      action_sets.from_json(json.loads(action_set)),
+      *(tuple(map(int, array)) for array in arrays),
     )
 
   @classmethod

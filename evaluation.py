@@ -31,6 +31,7 @@ import tabulate
 import tensorflow.compat.v1 as tf
 from absl import logging
 
+import action_sets
 import actors
 import checkpoints
 import py_process
@@ -651,11 +652,13 @@ class TestLoops(tf.train.SessionRunHook):
 
   def _add_to_video(self, add, unroll):
     end = _end(unroll)
+    action_set = self._game.spec.action_set
     # The action that was chosen at a frame is in the next entry.
     for t in range(len(unroll.done) - 1 if end is None else end):
       lines = [
-        f'return {unroll.info.episode_return[t]:.2f}',
-        f'action {unroll.action[t + 1]}   value {unroll.baseline[t + 1]:.3f}',
+        f'return {unroll.info.episode_return[t]:.2f}   '
+        f'value {unroll.baseline[t + 1]:.3f}',
+        f'action {action_sets.describe(action_set, unroll.action[t + 1])}',
       ]
       add(self._picture(unroll.frame[t]), lines)
     if end is not None:

@@ -42,6 +42,7 @@ import quiet
 with quiet.start():
   import tensorflow.compat.v1 as tf
 
+  import action_sets
   import checkpoints
   import cluster
   import convolution
@@ -53,7 +54,7 @@ with quiet.start():
   import py_process
   import vtrace
   from actors import ActorLoops, create_processes, draw_seeds
-  from agent import Agent, AgentOutput
+  from agent import Agent
   from console import (
     REPORT_SECONDS,
     Console,
@@ -86,8 +87,8 @@ flags.DEFINE_string(
   'level_name',
   'explore_goal_locations_small',
   'What to play: a level of DeepMind Lab, gym: and the id of a Gymnasium '
-  'environment with images and discrete actions, e.g. gym:VizdoomBasic-v1, '
-  'gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
+  'environment with images and finitely many actions, e.g. '
+  'gym:VizdoomBasic-v1, gym:ALE/Pong-v5, or a whole suite: dmlab30, atari57.',
 )
 flags.DEFINE_integer(
   'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1
@@ -396,7 +397,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
     agent: `Agent`.
     env: `FlowEnvironment`.
     level_name: string scalar, tensor or not.
-    action_set: array [num_actions, ...], what `env.step` takes.
+    action_set: see `action_sets`.
     noise_seed: int32 scalar tensor. Actions are drawn from it and the number of
       the step in its episode, and so are the same in each run, whichever
       requests its inference was batched with. None draws them from the graph's
@@ -418,7 +419,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
   state = tf.nest.map_structure(
     lambda t: tf.placeholder(t.dtype, t.shape), initial_state
   )
-  actions = tf.constant(action_set)
+  actions, first_action = map(tf.constant, action_sets.table(action_set))
 
   def act(state):
     # The agent doesn't see the episode's return and length.
@@ -428,13 +429,15 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
     )
     if is_reproducible:
       seed = [noise_seed, state.env_state.episode_step]
-      agent_output = _redraw_action(agent_output, seed)
+      agent_output = agent_output._replace(
+        action=agent.draw(agent_output.policy_logits, seed)
+      )
     return _without_batch((agent_output, agent_state))
 
   def step(state, _):
     agent_output, agent_state = act(state)
     env_output, env_state = env.step(
-      tf.gather(actions, agent_output.action), state.env_state
+      tf.gather(actions, first_action + agent_output.action), state.env_state
     )
     return ActorState(agent_state, env_state, env_output, agent_output)
 
@@ -477,24 +480,11 @@ def _infer_padded(agent, requests):
   return tf.nest.map_structure(lambda t: t[:batch_size], agent(*padded))
 
 
-def _redraw_action(agent_output, seed):
-  """Draws the action of an `AgentOutput` of [1, ...] again, by two seeds."""
-  logits = agent_output.policy_logits
-  action = tf.random.stateless_categorical(logits, 1, seed, dtype=tf.int32)
-  last = logits.shape[1] - 1  # As in the agent.
-  return agent_output._replace(action=tf.minimum(tf.squeeze(action, 1), last))
-
-
 def _build_initial_state(agent, env):
   """Starts the environment; no action led to its first observation."""
   env_output, env_state = env.initial()
-  agent_output = AgentOutput(
-    action=tf.constant(0),
-    policy_logits=tf.zeros([agent.num_actions]),
-    baseline=tf.constant(0.0),
-  )
   agent_state = _without_batch(agent.initial_state(1))
-  return ActorState(agent_state, env_state, env_output, agent_output)
+  return ActorState(agent_state, env_state, env_output, agent.initial_output())
 
 
 def _with_batch(nest):
@@ -586,7 +576,7 @@ def build_tower(agent, agent_state, env_outputs, agent_outputs):
     + FLAGS.baseline_cost * baseline_loss
     - FLAGS.entropy_cost * tf.reduce_sum(entropy)
   )
-  tf.summary.histogram('action', agent_outputs.action)
+  _summarize_actions(agent_outputs.action)
   return Tower(
     total_loss=total_loss,
     policy_gradient_loss=policy_gradient_loss,
@@ -699,9 +689,20 @@ def _clip_rewards(rewards):
 
 
 def _entropy(policy_logits):
-  """Returns the entropy in nats, [T, B], of policies [T, B, num_actions]."""
+  """Returns the entropy in nats, [T, B], of policies as of the `Agent`."""
   log_policy = tf.nn.log_softmax(policy_logits)
-  return -tf.reduce_sum(tf.exp(log_policy) * log_policy, axis=-1)
+  terms = tf.exp(log_policy) * log_policy
+  # Those of independent heads add up.
+  return -tf.reduce_sum(terms, axis=list(range(2, terms.shape.rank)))
+
+
+def _summarize_actions(actions):
+  """Writes histograms of actions, [T, B]; or of each head, [T, B, heads]."""
+  if actions.shape.rank == 2:
+    tf.summary.histogram('action', actions)
+    return
+  for head, chosen in enumerate(tf.unstack(actions, axis=2)):
+    tf.summary.histogram(f'action/{head}', chosen)
 
 
 def _build_optimizer():
@@ -829,7 +830,7 @@ def _new_graph(device=None):
 
 def _new_agent(game):
   return Agent(
-    len(game.spec.action_set),
+    action_sets.num_actions(game.spec.action_set),
     FLAGS.torso,
     FLAGS.precision,
     FLAGS.core,
@@ -988,7 +989,7 @@ def train():
   description = checkpoint and checkpoints.find_description(checkpoint)
   if description:
     _take_flags(description, _AGENT_FLAGS)
-    game = _choose_game(len(description['action_set']))
+    game = _choose_game(description['num_actions'])
   else:
     game = _choose_game()
   tasks = None if FLAGS.task == -1 else _cluster()
@@ -1272,7 +1273,7 @@ def _task_requirements(game):
       '--unroll_length': FLAGS.unroll_length,
       '--num_action_repeats': FLAGS.num_action_repeats,
       'frame size (--height, --width)': list(game.spec.frame_shape),
-      'number of actions': len(game.spec.action_set),
+      'number of actions': action_sets.num_actions(game.spec.action_set),
     }
   )
 
@@ -1431,7 +1432,7 @@ def test():
   description = checkpoints.find_description(checkpoint)
   if description:
     _take_flags(description)
-    game = _choose_game(len(description['action_set']))
+    game = _choose_game(description['num_actions'])
   else:  # A checkpoint of an older version, or copied without it.
     game = _choose_game()
   with _new_graph(), stop_signals() as signals:

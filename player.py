@@ -11,6 +11,7 @@ import numbers
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+import action_sets
 import checkpoints
 import environments
 from agent import Agent, AgentOutput
@@ -22,7 +23,8 @@ class Player:
     with Player('/tmp/agent') as player:
       action, _, _ = player.step(frame, reward, done)
 
-  `action_set` has what its actions mean to the environments of the training.
+  `action_set` has what its actions mean to the environments of the training, as
+  JSON has it in the log folder; `environment_action` looks it up.
   """
 
   def __init__(self, path, seed=None):
@@ -39,10 +41,11 @@ class Player:
     description, checkpoint = checkpoints.load_description(path)
     self.frame_shape = tuple(description['frame_shape'])
     self.action_set = description['action_set']
+    self._action_set = action_sets.from_json(description)
     with tf.Graph().as_default():
       tf.set_random_seed(seed)
       agent = Agent(
-        len(self.action_set),
+        action_sets.num_actions(self._action_set),
         description['torso'],
         core=description['flags']['core'],
         normalize_frames=description['flags']['normalize_frames'],
@@ -54,7 +57,7 @@ class Player:
         (self._output, self._next_state), self._inputs
       )
       self._state = self._session.run(agent.initial_state(1))
-    self._action = 0
+    self._action = np.zeros(np.shape(agent.num_actions), int).tolist()
 
   def __enter__(self):
     return self
@@ -79,6 +82,8 @@ class Player:
 
     Returns:
       `AgentOutput`: int, which of the actions; float32 [num_actions]; float.
+      If an action is made of several: a list of ints, and float32 [num_heads,
+      the most actions of a head].
 
     Raises:
       ValueError: the arguments are not as above.
@@ -100,10 +105,21 @@ class Player:
       [instruction],
       *self._state,
     )
-    self._action = int(output.action[0])
+    self._action = output.action[0].tolist()
     return AgentOutput(
       self._action, output.policy_logits[0], float(output.baseline[0])
     )
+
+  def environment_action(self, action):
+    """Returns what the `step` of the training's environments takes.
+
+    Args:
+      action: of an `AgentOutput`.
+
+    Returns:
+      An int, an array of ints, or a list or dict of these.
+    """
+    return action_sets.look_up(self._action_set, action)
 
   def _check_frame(self, frame):
     """Returns the frame as an array; raises ValueError if it is none."""
@@ -129,7 +145,7 @@ class Player:
     state = tf.nest.map_structure(
       lambda t: tf.placeholder(t.dtype, t.shape), agent.initial_state(1)
     )
-    action = tf.placeholder(tf.int32, [1])
+    action = tf.placeholder(tf.int32, [1, *np.shape(agent.num_actions)])
     reward = tf.placeholder(tf.float32, [1])
     done = tf.placeholder(tf.bool, [1])
     frame = tf.placeholder(tf.uint8, [1, *self.frame_shape])

@@ -26,10 +26,15 @@ VTraceReturns = collections.namedtuple('VTraceReturns', 'vs pg_advantages')
 def log_probs_from_logits_and_actions(policy_logits, actions):
   """Computes the log-probabilities of the actions that were taken.
 
+  An action may be made of several that are chosen independently of each other,
+  by one head of the policy each. The probability of all is the product.
+
   Args:
     policy_logits: float32 `[T, B, num_actions]`, unnormalised
-      log-probabilities of a softmax policy.
-    actions: int32 or int64 `[T, B]`, an action index for each time step.
+      log-probabilities of a softmax policy; or, with several heads, `[T, B,
+      num_heads, num_actions]`.
+    actions: int32 or int64 `[T, B]`, an action index for each time step; or
+      `[T, B, num_heads]`.
 
   Returns:
     float32 `[T, B]`, log pi(a_t | x_t). Differentiable in `policy_logits`.
@@ -39,11 +44,13 @@ def log_probs_from_logits_and_actions(policy_logits, actions):
   """
   policy_logits = tf.convert_to_tensor(policy_logits, dtype=tf.float32)
   actions = tf.convert_to_tensor(actions)
-  _check_rank('policy_logits', policy_logits, 3)
-  _check_rank('actions', actions, 2)
-  return -tf.nn.sparse_softmax_cross_entropy_with_logits(
+  has_heads = policy_logits.shape.rank == 4
+  _check_rank('policy_logits', policy_logits, 4 if has_heads else 3)
+  _check_rank('actions', actions, 3 if has_heads else 2)
+  log_probs = -tf.nn.sparse_softmax_cross_entropy_with_logits(
     labels=actions, logits=policy_logits
   )
+  return tf.reduce_sum(log_probs, axis=2) if has_heads else log_probs
 
 
 def from_logits(
@@ -68,7 +75,8 @@ def from_logits(
 
   Args:
     behaviour_policy_logits: float32 `[T, B, num_actions]`, logits of mu, the
-      policy that chose the actions.
+      policy that chose the actions. Several heads, here and below, are as in
+      `log_probs_from_logits_and_actions`.
     target_policy_logits: float32 `[T, B, num_actions]`, logits of pi, the
       policy to evaluate and improve.
     actions: int32 or int64 `[T, B]`, actions sampled from mu.

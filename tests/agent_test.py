@@ -14,21 +14,22 @@ from helpers import NUM_ACTIONS, ROOT, constants, env_outputs, run_graph
 
 
 @pytest.mark.parametrize(
-  ('torso', 'core', 'normalize_frames'),
+  ('torso', 'core', 'normalize_frames', 'num_actions'),
   [
-    ('deep', 'lstm', False),
-    ('shallow', 'lstm', True),
-    ('shallow', 'none', False),
+    ('deep', 'lstm', False, NUM_ACTIONS),
+    ('shallow', 'lstm', True, (2, 3)),
+    ('shallow', 'none', False, NUM_ACTIONS),
   ],
 )
-def test_unroll_equals_single_steps(torso, core, normalize_frames):
+def test_unroll_equals_single_steps(torso, core, normalize_frames, num_actions):
   random = np.random.default_rng(1)
   num_steps, batch_size = 4, 2
   inputs = env_outputs(random, (num_steps, batch_size), ('', 'a b', 'red door'))
-  actions = random.integers(0, NUM_ACTIONS, (num_steps, batch_size), np.int32)
+  shape = (num_steps, batch_size, *np.shape(num_actions))
+  actions = random.integers(0, num_actions, shape, np.int32)
   with tf.Graph().as_default():
     agent = Agent(
-      NUM_ACTIONS, torso, core=core, normalize_frames=normalize_frames
+      num_actions, torso, core=core, normalize_frames=normalize_frames
     )
     state = agent.initial_state(batch_size)
     unrolled, last_state = agent.unroll(
@@ -47,7 +48,7 @@ def test_unroll_equals_single_steps(torso, core, normalize_frames):
     unrolled, last_state, steps, state = run_graph(
       (unrolled, last_state, steps, state)
     )
-  assert unrolled.action.shape == (num_steps, batch_size)
+  assert unrolled.action.shape == shape
   for t, step in enumerate(steps):
     np.testing.assert_allclose(
       unrolled.policy_logits[t], step.policy_logits, atol=1e-5
@@ -93,6 +94,79 @@ def test_without_a_core_the_frame_alone_is_seen():
     same, also, other = run_graph(outputs)
   np.testing.assert_array_equal(same, also)
   assert np.abs(same - other).max() > 1e-4
+
+
+# --- Several heads ----------------------------------------------------------
+
+
+def softmax(logits):
+  exp = np.exp(logits.astype(np.float64))
+  return exp / exp.sum(-1, keepdims=True)
+
+
+def test_heads_are_parts_of_one_layer():
+  sizes = (2, 4, 3)
+  inputs = env_outputs(np.random.default_rng(5), (3,))
+  actions = [[0, 0, 0], [1, 3, 2], [0, 2, 1]]
+  flat = np.arange(27, dtype=np.float32).reshape(3, 9)
+  with tf.Graph().as_default():
+    agent = Agent(sizes, 'shallow')
+    one_hot = agent._one_hot(tf.constant(actions))
+    output, _ = agent(
+      (tf.constant(actions), constants(inputs)), agent.initial_state(3)
+    )
+    shapes = {v.name: v.shape.as_list() for v in agent.variables}
+    logits = agent._split(tf.constant(flat))
+    one_hot, logits, output = run_graph((one_hot, logits, output))
+  assert shapes['agent/policy_logits_2_4_3/w:0'] == [256, 9]
+  # Features of the frame and the instruction, the last reward and action.
+  assert shapes['agent/core/w_i:0'] == [256 + 64 + 1 + 9, 1024]
+  np.testing.assert_array_equal(
+    one_hot,
+    [
+      [1, 0, 1, 0, 0, 0, 1, 0, 0],
+      [0, 1, 0, 0, 0, 1, 0, 0, 1],
+      [1, 0, 0, 0, 1, 0, 0, 1, 0],
+    ],
+  )
+  assert logits.shape == output.policy_logits.shape == (3, 3, 4)
+  for head, (begin, end) in enumerate([(0, 2), (2, 6), (6, 9)]):
+    size = end - begin
+    np.testing.assert_array_equal(logits[:, head, :size], flat[:, begin:end])
+    assert not softmax(logits)[:, head, size:].any()
+
+
+@pytest.mark.parametrize('seeded', [False, True])
+def test_heads_draw_independently_by_their_own_policies(seeded):
+  random = np.random.default_rng(8)
+  count, sizes = 4000, (3, 2, 3)
+  logits = random.normal(size=(3, 3)).astype(np.float32)
+  logits[2] = logits[0]  # As the same noise would show.
+  logits[1, 2] = -1e9
+  with tf.Graph().as_default(), tf.Session() as session:
+    tf.set_random_seed(1)
+    agent = Agent(sizes, 'shallow')
+    batch = tf.constant(np.repeat(logits[np.newaxis], count, 0))
+    actions = agent.draw(batch, [5, 6] if seeded else None)
+    first, second = session.run(actions), session.run(actions)
+  assert np.array_equal(first, second) == seeded
+  frequencies = np.zeros((3, 2, 3))
+  np.add.at(frequencies, tuple(first.T), 1 / count)
+  a, b, c = softmax(logits)
+  expected = np.einsum('a,b,c->abc', a, b[:2], c)
+  # Five standard deviations.
+  tolerance = 5 * np.sqrt(expected.max() / count)
+  np.testing.assert_allclose(frequencies, expected, atol=tolerance)
+
+
+def test_heads_with_logits_that_are_not_finite_draw_actions_that_exist():
+  with tf.Graph().as_default():
+    agent = Agent((2, 4), 'shallow')
+    nan = tf.fill([5, 2, 4], np.float32('nan'))
+    drawn = run_graph([agent.draw(nan), agent.draw(nan, [1, 2])])
+  for actions in drawn:
+    assert actions.shape == (5, 2)
+    assert (actions < [2, 4]).all()
 
 
 # --- Normalised frames ------------------------------------------------------

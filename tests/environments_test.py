@@ -5,6 +5,7 @@ import contextlib
 import functools
 import glob
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -20,7 +21,9 @@ import cloudpickle
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
+import tree
 
+import action_sets
 import environments
 import gym_kinds
 import py_process
@@ -697,6 +700,60 @@ def test_gym_actions_may_start_anywhere():
   assert rewards == [9, 20, 31]
 
 
+@pytest.mark.parametrize(
+  ('name', 'action_set'),
+  [
+    ('binary', [[0, 1]] * 3),
+    ('grid', [[[0, 1]] * 2] * 2),
+    ('one', [[0, 1, 2]]),
+    ('discrete', [[0, 1], [-1, 0, 1]]),
+    ('tuple', [[0, 1, 2], [[0, 1]] * 2]),
+    (
+      'dict',
+      {'buttons': {'10': [0, 1], '9': [0, 1, 2, 3]}, 'turn': [4, 5, 6]},
+    ),
+  ],
+)
+def test_gym_actions_may_be_made_of_several(name, action_set):
+  """The environment gets them in its own structure and with its own types."""
+  level = f'gym:toy_gym:Composed-v0?actions={name}'
+  spec = _spec(level, **_TOY_SIZE)
+  told = action_sets.to_json(spec.action_set)
+  assert told['action_set'] == action_set
+  counts = action_sets.num_actions(spec.action_set)
+  rows, first = action_sets.table(spec.action_set)
+  heads = tree.flatten_up_to(told['num_actions'], action_set)
+  with _playing(level, **_TOY_SIZE, num_action_repeats=1) as process:
+    process.call('initial')
+    for choice in range(4):
+      action = np.minimum(choice, np.array(counts) - 1)
+      chosen = [head[i] for head, i in zip(heads, action, strict=True)]
+      reward = process.call('step', rows[first + action]).reward
+      assert reward == sum(10**i * number for i, number in enumerate(chosen))
+  read = action_sets.from_json(json.loads(json.dumps(told)))
+  assert action_sets.to_json(read) == told
+
+
+def test_actions_are_told_as_the_environment_takes_them():
+  lab = np.array(environments.DEFAULT_ACTION_SET)
+  told = [
+    action_sets.describe(lab, 7),
+    action_sets.describe(_spec('gym:toy_gym:Start-v0').action_set, 0),
+    *(
+      action_sets.describe(
+        _spec(f'gym:toy_gym:Composed-v0?actions={name}').action_set, action
+      )
+      for name, action in (('tuple', [2, 0, 1]), ('dict', [1, 3, 0]))
+    ),
+  ]
+  assert told == [
+    '[20 0 0 1 0 0 0]',
+    '-1',
+    '[2 [0 1]]',
+    '{buttons: {10: 1 9: 3} turn: 4}',
+  ]
+
+
 def test_gym_repeats_sum_the_rewards_and_stop_at_the_end():
   with _playing('gym:toy_gym:Grey-v0', **_TOY_SIZE) as process:
     process.call('initial')
@@ -866,9 +923,18 @@ def test_gym_seeds_differ_between_episodes_and_reproduce():
     ('gym:toy_gym:ChannelsFirst-v0', r'it shows no image.*\(3, 4, 6\)'),
     ('gym:toy_gym:Vector-v0', r'it shows no image.*\(5,\)'),
     ('gym:toy_gym:Text-v0', 'it shows no image.*Text'),
-    (
-      'gym:VizdoomHealthGatheringSupreme-MultiBinary-v1',
-      'its actions must be Discrete.*MultiBinary',
+    *(
+      (
+        level,
+        'its actions must be Discrete, MultiDiscrete or MultiBinary, or a '
+        f'Tuple or Dict of these, but there is {what}',
+      )
+      for level, what in (
+        ('gym:toy_gym:Composed-v0?actions=box', r'Box\(-1.0, 1.0, \(3,\)'),
+        ('gym:toy_gym:Composed-v0?actions=part', r'Box\(-1.0, 1.0, \(3,\)'),
+        ('gym:toy_gym:Composed-v0?actions=nothing', r'Tuple\(\)'),
+        ('gym:VizdoomDeathmatch-v1', r'Box\(.*\(3,\)'),
+      )
     ),
     ('gym:NoSuchThing-v0', "`NoSuchThing` doesn't exist"),
     ('gym:toy_gym:NoSuchThing-v0', "`NoSuchThing` doesn't exist"),
@@ -1378,6 +1444,46 @@ def test_vizdoom_episodes():
   # The engine shows nothing after the limit: the frame before it stays.
   np.testing.assert_array_equal(last, steps[73].observation[0])
   assert (first != last).any()
+
+
+@pytest.mark.parametrize(
+  ('level', 'num_buttons'),
+  [
+    ('gym:VizdoomBasic-MultiBinary-v1', 3),
+    ('gym:VizdoomBasic-MultiBinary-v1?use_multi_binary_action_space=False', 3),
+    ('gym:VizdoomFreedoom1E1M1-S1-v0', 19),
+    # Without the mouse, whose movements are continuous.
+    (
+      'gym:VizdoomDeathmatch-MultiBinary-v1'
+      '?available_buttons=["TURN_LEFT", "TURN_RIGHT", "ATTACK"]',
+      3,
+    ),
+  ],
+)
+def test_vizdoom_presses_several_buttons_at_once(level, num_buttons):
+  spec = _spec(level)
+  assert action_sets.num_actions(spec.action_set) == (2,) * num_buttons
+  rows, first = action_sets.table(spec.action_set)
+  with _playing(level) as process:
+    process.call('initial')
+    frames = []
+    for action in (0, 1):
+      for _ in range(6):
+        pressed = np.full(num_buttons, action)
+        step = process.call('step', rows[first + pressed])
+      frames.append(step.observation[0].copy())
+  assert frames[0].shape == (72, 96, 3)
+  assert (frames[0] != frames[1]).any()  # A shot at least.
+
+
+def test_car_racing_is_steered_by_buttons_alone():
+  pytest.importorskip('Box2D')
+  assert re.search(r'there is Box\(', _refusal('gym:CarRacing-v3'))
+  level = 'gym:CarRacing-v3?continuous=False'
+  assert _spec(level).action_set.tolist() == list(range(5))
+  with _playing(level) as process:
+    frame, _ = process.call('initial')
+    assert frame.shape == process.call('step', 3).observation[0].shape
 
 
 def test_vizdoom_player_who_dies_ends_the_episode():

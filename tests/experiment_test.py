@@ -89,6 +89,29 @@ def learner_batch():
   return env_outputs(random, shape, instructions), agent_outputs
 
 
+def of_two_heads(outputs):
+  """Returns an `AgentOutput` with heads of 3 and 2 actions, by chance."""
+  random = np.random.default_rng(6)
+  shape = outputs.action.shape
+  logits = random.normal(size=(*shape, 2, 3)).astype(np.float32)
+  logits[..., 1, 2] = -1e9
+  return outputs._replace(
+    action=random.integers(0, [3, 2], (*shape, 2), np.int32),
+    policy_logits=logits,
+  )
+
+
+def joint(outputs):
+  """Returns the same with one head, of the 6 pairs of actions."""
+  logits, action = outputs.policy_logits, outputs.action
+  pairs = logits[..., 0, :, np.newaxis] + logits[..., 1, np.newaxis, :2]
+  return outputs._replace(
+    action=2 * action[..., 0] + action[..., 1],
+    policy_logits=pairs.reshape(*action.shape[:-1], 6),
+  )
+
+
+@pytest.mark.parametrize('num_actions', [NUM_ACTIONS, (3, 2)])
 @flagsaver.flagsaver(
   batch_size=3,
   unroll_length=5,
@@ -100,11 +123,13 @@ def learner_batch():
   total_environment_frames=240,
   epsilon=0.1,
 )
-def test_update_equals_the_papers_equations(learner_batch):
+def test_update_equals_the_papers_equations(learner_batch, num_actions):
   env, behaviour = learner_batch
+  if num_actions == (3, 2):
+    behaviour = of_two_heads(behaviour)
   with tf.Graph().as_default():
     tf.train.get_or_create_global_step()
-    agent = Agent(NUM_ACTIONS, 'shallow')
+    agent = Agent(num_actions, 'shallow')
     state = agent.initial_state(3)
     target, _ = agent.unroll(
       tf.constant(behaviour.action), constants(env), state
@@ -122,6 +147,8 @@ def test_update_equals_the_papers_equations(learner_batch):
       output = session.run(learner)
       after, step = session.run([bias, tf.train.get_global_step()])
 
+  if num_actions == (3, 2):
+    target, behaviour = joint(target), joint(behaviour)
   policy_gradient, value, entropy = numpy_losses(
     target.policy_logits, target.baseline, behaviour, env, 0.9
   )

@@ -225,7 +225,8 @@ def save_agent(logdir, num_actions=3, frame_shape=(4, 6, 1), step=40):
       tf.zeros([1], tf.bool),
       (tf.zeros([1, *frame_shape], tf.uint8), tf.constant([''])),
     )
-    agent((tf.zeros([1], tf.int32), inputs), agent.initial_state(1))
+    action = tf.zeros([1, *np.shape(num_actions)], tf.int32)
+    agent((action, inputs), agent.initial_state(1))
     with tf.Session() as session:
       session.run(tf.global_variables_initializer())
       session.run(global_step.assign(step))

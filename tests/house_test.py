@@ -20,7 +20,8 @@ _ALLOWED = {
   'errors': set(),
   'dmlab30': {'scores'},
   'atari57': {'scores'},
-  'environments': {'gym_kinds', 'native', 'py_process'},
+  'action_sets': set(),
+  'environments': {'action_sets', 'gym_kinds', 'native', 'py_process'},
   'gym_kinds': set(),
   'agent': {'convolution', 'native', 'private_apis'},
 }

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of a trained agent in another program."""
 
+import json
 import os
 import re
 import shutil
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
+import action_sets
 import checkpoints
 import environments
+import toy_gym
 from agent import Agent
 from errors import UserError
 from helpers import ROOT, TESTS, save_agent
 from player import Player
 
 
-def save_trained_agent(logdir, num_actions=3, frame_shape=(4, 6, 1)):
+def save_trained_agent(
+  logdir, num_actions=3, frame_shape=(4, 6, 1), action_set=None
+):
   """Saves an agent as a training does; returns the checkpoint."""
   checkpoint = save_agent(logdir, num_actions, frame_shape)
-  spec = environments.EnvironmentSpec(np.arange(num_actions), frame_shape)
+  if action_set is None:
+    action_set = np.arange(num_actions)
+  spec = environments.EnvironmentSpec(action_set, frame_shape)
   checkpoints.save_description(
     str(logdir), spec, 'shallow', {'normalize_frames': True}, {}
   )
@@ -80,6 +87,36 @@ def test_player_does_what_the_agent_does(tmp_path):
   for path in (str(tmp_path / 'none'), checkpoint + '0', TESTS):
     with pytest.raises(UserError, match='no trained agent'):
       Player(path)
+
+
+@pytest.mark.parametrize('name', ['binary', 'grid', 'one', 'tuple'])
+def test_player_chooses_what_its_environment_takes(tmp_path, name):
+  space, numbers = toy_gym.COMPOSED[name]
+  action_set = action_sets.of_space(space)
+  counts = action_sets.num_actions(action_set)
+  save_trained_agent(tmp_path, counts, action_set=action_set)
+  seen = set()
+  with Player(str(tmp_path), seed=3) as player:
+    for _ in range(20):
+      output = player.step(np.zeros((4, 6, 1), np.uint8))
+      assert output.policy_logits.shape == (len(counts), max(counts))
+      taken = player.environment_action(output.action)
+      assert space.contains(taken), taken
+      seen.add(tuple(numbers(taken)))
+    assert player.action_set == action_sets.to_json(action_set)['action_set']
+  # Each of the numbers changes.
+  assert all(len(set(column)) > 1 for column in zip(*seen, strict=True))
+
+
+def test_agent_of_before_there_were_heads_plays(tmp_path):
+  save_trained_agent(tmp_path)
+  path = tmp_path / 'agent.json'
+  description = json.loads(path.read_text())
+  assert description.pop('num_actions') == 3
+  path.write_text(json.dumps(description))
+  with Player(str(tmp_path)) as player:
+    action = player.step(np.zeros((4, 6, 1), np.uint8)).action
+    assert player.environment_action(action) == player.action_set[action]
 
 
 # A program of somebody else's, with flags of its own. It says what differs

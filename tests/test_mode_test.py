@@ -120,6 +120,32 @@ def test_short_episodes_are_not_favoured_and_seeds_decide(tmp_path, capsys):
   assert len(more) == 14
 
 
+def test_actions_of_several_heads_are_reproduced(tmp_path):
+  level = 'gym:toy_gym:Composed-v0?actions=dict'
+  contents = []
+  for name, others in (
+    ('one', {'num_actors': 1, 'video_dir': str(tmp_path / 'videos')}),
+    ('two', {'num_actors': 3, 'unroll_length': 7}),
+    ('three', {'seed': 2}),
+  ):
+    save_agent(tmp_path / name, num_actions=(2, 4, 3))
+    contents.append(
+      play(tmp_path / name, level_name=level, test_num_episodes=3, **others)
+    )
+  one, two, three = (content['episodes'] for content in contents)
+  assert one == two != three
+  # Ten steps, of whose actions the last digit is 0 or 1, the middle one 0 to 3,
+  # and the first one 4 to 6.
+  returns = [episode['episode_return'] for episode in one[level]]
+  assert all(4000 <= value <= 6310 for value in returns)
+  assert len(set(returns)) > 1
+  assert os.listdir(tmp_path / 'videos')
+  # Of as many logits, but other heads.
+  save_agent(tmp_path / 'other', num_actions=(3, 4, 2))
+  with pytest.raises(UserError, match='agent/policy_logits_2_4_3/w is missing'):
+    play(tmp_path / 'other', level_name=level)
+
+
 def test_killed_test_goes_on_to_the_same_result(tmp_path):
   killed, whole = tmp_path / 'killed', tmp_path / 'whole'
   save_agent(killed)

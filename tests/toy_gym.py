@@ -12,6 +12,7 @@ import signal
 
 import gymnasium as gym
 import numpy as np
+import tree
 from gymnasium import spaces
 
 HEIGHT, WIDTH = 4, 6
@@ -37,6 +38,9 @@ class Toy(gym.Env):
   def step(self, action):
     if not self.action_space.contains(action):
       raise ValueError(f'{action!r} is no action.')
+    return self._step(action)
+
+  def _step(self, action):
     self._num_steps += 1
     ends = self._num_steps == self._length
     return (
@@ -111,20 +115,86 @@ class Thirds(gym.Env):
     return self._observation(), {}
 
   def step(self, action):
-    reward = 1.0 if action == self._answer else -1.0
+    reward = 1.0 if np.array_equal(action, self._answer) else -1.0
     self._num_steps += 1
     return self._observation(), reward, self._num_steps == 10, False, {}
 
   def _observation(self):
     self._answer = self.np_random.integers(3)
     x = 16 * self._answer + self.np_random.integers(8)
-    y = self.np_random.integers(28)
+    return self._square(x, self.np_random.integers(28))
+
+  def _square(self, x, y):
     frame = np.zeros((36, 48, 1), np.uint8)
     frame[y : y + 8, x : x + 8] = 255
     return frame
 
 
+class Sixths(Thirds):
+  """Asks in which third and in which half: wrong unless both are right."""
+
+  def __init__(self):
+    super().__init__()
+    self.action_space = spaces.MultiDiscrete([3, 2])
+
+  def _observation(self):
+    self._answer = column, row = self.np_random.integers([3, 2])
+    x, y = self.np_random.integers([8, 11])
+    return self._square(16 * column + x, 18 * row + y)
+
+
+# Spaces of actions that are made of several, by name, and their numbers.
+COMPOSED = {
+  'binary': (spaces.MultiBinary(3), list),
+  'grid': (spaces.MultiBinary((2, 2)), np.ravel),
+  'one': (spaces.MultiDiscrete([3]), list),
+  'discrete': (
+    spaces.MultiDiscrete([2, 3], start=[0, -1], dtype='int16'),
+    list,
+  ),
+  'tuple': (
+    spaces.Tuple((spaces.Discrete(3), spaces.MultiBinary(2))),
+    lambda action: [action[0], *action[1]],
+  ),
+  'dict': (
+    spaces.Dict(
+      turn=spaces.Discrete(3, start=4),
+      # As texts, these names would be sorted in another way.
+      buttons=spaces.Dict({10: spaces.Discrete(2), 9: spaces.Discrete(4)}),
+    ),
+    lambda action: [action['buttons'][i] for i in (10, 9)] + [action['turn']],
+  ),
+  'part': (
+    spaces.Dict(jump=spaces.Discrete(2), turn=spaces.Box(-1, 1, (3,))),
+    None,
+  ),
+  'box': (spaces.Box(-1, 1, (3,)), None),
+  'nothing': (spaces.Tuple(()), None),
+}
+
+
+class Composed(Toy):
+  """A step's reward has the numbers of its action as digits, in a row."""
+
+  def __init__(self, actions):
+    super().__init__('Grey')
+    self.action_space, self._numbers = COMPOSED[actions]
+
+  def step(self, action):
+    tree.map_structure(self._check, action, self.action_space.sample())
+    if not self.action_space.contains(action):
+      raise ValueError(f'{action!r} is no action.')
+    observation, _, *ends = super()._step(0)
+    digits = [int(number) for number in self._numbers(action)]
+    return observation, np.dot(digits, 10 ** np.arange(len(digits))), *ends
+
+  def _check(self, action, sample):
+    if type(action) is not type(sample) or action.dtype != sample.dtype:
+      raise ValueError(f'{action!r} has another type than {sample!r}.')
+
+
 gym.register('Thirds-v0', Thirds)
+gym.register('Sixths-v0', Sixths)
 for _layout in LAYOUTS:
   gym.register(f'{_layout}-v0', Toy, kwargs={'layout': _layout})
 gym.register('Start-v0', Toy, kwargs={'layout': 'Grey', 'start': -1})
@@ -224,6 +294,7 @@ class Secretive(Toy):
     raise RuntimeError('no licence file\n  see http://localhost')
 
 
+gym.register('Composed-v0', Composed)
 gym.register('Ones-v0', Ones)
 gym.register('Rewarding-v0', Rewarding)
 gym.register('Typed-v0', Typed)

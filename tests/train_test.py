@@ -534,6 +534,40 @@ def test_agent_learns_to_answer_what_it_sees(tmp_path):
   assert returns[-100:].mean() > 8
 
 
+def test_agent_learns_actions_of_several_heads(tmp_path):
+  """A bright square is in a third and a half; only both right are an answer."""
+  logdir = str(tmp_path / 'log')
+  level = 'gym:toy_gym:Sixths-v0'
+  train = [
+    f'--level_name={level}',
+    f'--logdir={logdir}',
+    '--num_action_repeats=1',
+    '--torso=shallow',
+    '--core=none',
+    '--num_actors=4',
+    '--batch_size=4',
+    '--unroll_length=20',
+    '--height=36',
+    '--width=48',
+    '--learning_rate=0.0006',
+    '--learning_rate_schedule=constant',
+    '--epsilon=0.01',
+    '--entropy_cost=0.01',
+    '--discounting=0.5',
+    '--max_gradient_norm=40',
+  ]
+  # The second goes on where the first ended.
+  for frames in (4800, 9600):
+    code, output = run(*train, f'--total_environment_frames={frames}')
+    assert code == 0, output
+  assert 'in this run by 60 updates' in output
+  returns = plot.read_scalars(logdir)[f'{level}/episode_return'][:, 1]
+  # Ten answers, +1 or -1 each. Chance is -20/3; with one of the two always
+  # right, and the other by chance, it is 0.
+  assert returns[:50].mean() < -3
+  assert returns[-100:].mean() > 4
+
+
 def read_tests(logdir):
   """Returns (frames, mean return) of the tests in the background."""
   tag = 'test/gym:toy_gym:Grey-v0/mean_return'

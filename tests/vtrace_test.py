@@ -108,8 +108,25 @@ class LogProbsTest(tf.test.TestCase):
       )
     self.assertAllClose([[np.log(0.75), np.log(0.5)]], log_probs)
 
+  def test_those_of_several_heads_are_summed(self):
+    rng = np.random.RandomState(2)
+    logits = rng.normal(scale=3, size=(6, 2, 4, 5)).astype(np.float32)
+    actions = rng.randint(5, size=(6, 2, 4))
+    with tf.Graph().as_default(), tf.Session() as session:
+      log_probs = session.run(
+        vtrace.log_probs_from_logits_and_actions(logits, actions)
+      )
+    self.assertAllClose(
+      _softmax_log_probs(logits, actions).sum(-1), log_probs, 1e-5, 1e-5
+    )
+
   def test_wrong_rank_is_refused(self):
     with tf.Graph().as_default():
+      for shape in ([4, 2], [4, 2, 1, 1]):
+        with self.assertRaisesRegex(ValueError, 'actions must have rank 3'):
+          vtrace.log_probs_from_logits_and_actions(
+            np.zeros([4, 2, 1, 3], np.float32), np.zeros(shape, np.int32)
+          )
       with self.assertRaisesRegex(ValueError, 'logits must have rank 3'):
         vtrace.log_probs_from_logits_and_actions(
           np.zeros([4, 2], np.float32), np.zeros([4, 2], np.int32)
@@ -394,6 +411,24 @@ class FromLogitsTest(tf.test.TestCase):
     with tf.Graph().as_default(), tf.Session() as session:
       actual = session.run(vtrace.from_logits(**arrays, **thresholds))
     expected = self._expected(arrays, **thresholds)
+    for name in expected._fields:
+      self.assertAllClose(
+        getattr(expected, name), getattr(actual, name), 1e-4, 1e-4, name
+      )
+
+  def test_several_heads_choose_a_joint_action(self):
+    arrays = self._arguments()
+    rng = np.random.RandomState(8)
+    shape = arrays['actions'].shape
+    arrays['actions'] = rng.randint(4, size=(*shape, 2))
+    joint = {'actions': arrays['actions'] @ [4, 1]}
+    for name in ('behaviour_policy_logits', 'target_policy_logits'):
+      logits = arrays[name] = rng.normal(size=(*shape, 2, 4)).astype(np.float32)
+      pairs = logits[..., 0, :, np.newaxis] + logits[..., 1, np.newaxis, :]
+      joint[name] = pairs.reshape(*shape, 16)
+    with tf.Graph().as_default(), tf.Session() as session:
+      actual = session.run(vtrace.from_logits(**arrays))
+    expected = self._expected({**arrays, **joint})
     for name in expected._fields:
       self.assertAllClose(
         getattr(expected, name), getattr(actual, name), 1e-4, 1e-4, name
