@@ -15,6 +15,7 @@ so that actors may come and go while no other task knows of them:
 import collections
 import contextlib
 import json
+import random
 import socket
 import threading
 import time
@@ -151,13 +152,15 @@ class Cluster:
         resource=_handle(variable), value=value
       )
 
-  def session(self, config, with_learners=True):
+  def session(self, config, with_learners=True, as_newcomer=False):
     """Returns what a session of this task needs.
 
     Args:
       config: `tf.ConfigProto`.
       with_learners: whether the session is over the learners as well, or over
         this task alone.
+      as_newcomer: whether this task is not to have its name in it. A new
+        session ends those that another task of the same name has.
 
     Returns:
       Its target, and its `tf.ConfigProto`.
@@ -173,7 +176,12 @@ class Cluster:
       ):
         target = f'grpc://{self.address}'
     # TensorFlow finds this task among them by the target.
-    tasks[self.job][self.task] = target.removeprefix('grpc://')
+    name = (
+      ('newcomer', random.getrandbits(31))
+      if as_newcomer
+      else (self.job, self.task)
+    )
+    tasks[name[0]][name[1]] = target.removeprefix('grpc://')
     config = _with_shared_state(config)
     config.cluster_def.CopyFrom(tf.train.ClusterSpec(tasks).as_cluster_def())
     return target, config
@@ -368,7 +376,7 @@ def repeat_refused(session):
 
   Messages of errors are cut. They quote what was fed, and TensorFlow's Python
   code takes a time that is quadratic in the length of a message: with an unroll
-  in it, it would not end.
+  in it, it would not end. Some quotes are no text.
   """
 
   def repeat(run, *args):
@@ -380,6 +388,9 @@ def repeat_refused(session):
           continue
         message = error.message[:1000]
         raise type(error)(error.node_def, error.op, message) from None
+      except UnicodeDecodeError as error:
+        message = error.object[:1000].decode(errors='replace')
+        raise tf.errors.UnknownError(None, None, message) from None
 
   private_apis.wrap_session_run(session, repeat)
 
@@ -608,6 +619,23 @@ _PERHAPS_GONE = (
 _MAX_FAULTS = 3  # Of a call in turn, with all learners there.
 
 
+class _Calls:
+  """What a task runs on the chief, in the current graph."""
+
+  def __init__(self, cluster):
+    shared = SharedState(cluster.learner_device())
+    self.requirements = shared.read_requirements(cluster.job)
+    key = tf.constant(cluster.task, tf.int64)
+    self.heartbeat_values = tf.placeholder(
+      tf.float64, [len(Heartbeat._fields) - 1]
+    )
+    self.heartbeat = shared.heartbeat(
+      key, self.heartbeat_values, cluster.address
+    )
+    self.last_heartbeat = shared.last_heartbeat(key)
+    self.leave = shared.leave(key)
+
+
 class LearnerClient:
   """A task's connection to the learners.
 
@@ -626,12 +654,14 @@ class LearnerClient:
     """
     self._cluster = cluster
     self._requirements = json.loads(requirements)
-    self._target, self._config = _client_session(cluster, config)
+    self._config = _for_transfers(config)
     self._received_signals = received_signals
-    self._graph = tf.Graph()
+    # Those of newcomers, and of tasks that take part.
+    self._entry_graph, self._graph = tf.Graph(), tf.Graph()
+    with self._entry_graph.as_default():
+      self._entry = _Calls(cluster)
     with self._graph.as_default():
-      self._shared = SharedState(cluster.learner_device())
-      self._read_requirements = self._shared.read_requirements(cluster.job)
+      self._calls = _Calls(cluster)
     self._lock = threading.Lock()  # Held while joining.
     self._session = None
     self._name = f'{cluster.job.capitalize()} {cluster.task}'
@@ -653,7 +683,7 @@ class LearnerClient:
 
   def watch_end(self):
     """Asks whether training is done."""
-    answer = self._run(self._read_requirements)
+    answer = self._run(self._calls.requirements)
     if answer is not None:
       self.is_done |= bool(answer[1])
 
@@ -710,20 +740,29 @@ class LearnerClient:
 
   def _try_connect(self):
     """Returns whether there is a session now, and a chief that trains."""
-    session = tf.Session(self._target, self._graph, self._config)
-    repeat_refused(session)
+    newcomer = self._open(self._entry_graph, as_newcomer=True)
     try:
-      requirements, self.is_done = session.run(
-        self._read_requirements, options=_within(_ANSWER_SECONDS)
+      requirements, self.is_done = newcomer.run(
+        self._entry.requirements, options=_within(_ANSWER_SECONDS)
       )
       if not self.is_done:
         self._check(json.loads(requirements))
-        self._enter(session)
+        self._enter(newcomer)
     except (*LEARNER_GONE, *_PERHAPS_GONE):
-      _close(session)
       return False
-    self._session = session
+    finally:
+      _close(newcomer)
+    self._session = self._open(self._graph)
     return True
+
+  def _open(self, graph, as_newcomer=False):
+    """Returns a new session over the learners."""
+    target, config = self._cluster.session(
+      self._config, as_newcomer=as_newcomer
+    )
+    session = tf.Session(target, graph, config)
+    repeat_refused(session)
+    return session
 
   def _enter(self, session):
     """Raises UserError if this task can't take part; to be overridden."""
@@ -769,15 +808,6 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
       self._unroll = queue.placeholders()
       self._send = queue.enqueue(self._unroll)
       self._load = [cluster.copy_variable(variable) for variable in variables]
-      self._heartbeat_values = tf.placeholder(
-        tf.float64, [len(Heartbeat._fields) - 1]
-      )
-      key = tf.constant(cluster.task, tf.int64)
-      self._heartbeat = self._shared.heartbeat(
-        key, self._heartbeat_values, cluster.address
-      )
-      self._last_heartbeat = self._shared.last_heartbeat(key)
-      self._leave = self._shared.leave(key)
     self._load_lock = threading.Lock()
     self._load_begin = 0.0
     self._started = time.time()
@@ -808,8 +838,8 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     """
     values = [self._started, self._num_unrolls, *statistics]
     answer = self._run(
-      (self._heartbeat, self._read_requirements),
-      {self._heartbeat_values: values},
+      (self._calls.heartbeat, self._calls.requirements),
+      {self._calls.heartbeat_values: values},
     )
     if answer is not None:
       (_, last), (_, is_done) = answer
@@ -822,7 +852,7 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     self._left = True
     if self._is_known:
       with contextlib.suppress(*LEARNER_GONE, *_PERHAPS_GONE, RuntimeError):
-        self._session.run(self._leave, options=_within(HEARTBEAT_SECONDS))
+        self._session.run(self._calls.leave, options=_within(HEARTBEAT_SECONDS))
     super().leave()
 
   def _load_parameters(self):
@@ -840,17 +870,26 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
 
   def _enter(self, session):
     """Raises UserError if there is another task of this number."""
+    values = [self._started, 0, *[0] * len(ActorStatistics._fields)]
     first = None
     # If its last heartbeat is of a task that was killed, none follows.
     end = time.monotonic() + 2 * HEARTBEAT_SECONDS
     while time.monotonic() < end and not self._stops():
-      last = session.run(self._last_heartbeat, options=_within(_ANSWER_SECONDS))
+      last = session.run(
+        self._entry.last_heartbeat, options=_within(_ANSWER_SECONDS)
+      )
       if not self._is_of_another(*last[:2]):
-        return
+        break
       if first is not None and first[1][0] != last[1][0]:
         self._check_alone(*last)
       first = first or last
       time.sleep(0.5)
+    # From now on, this one was there first.
+    session.run(
+      self._entry.heartbeat,
+      {self._entry.heartbeat_values: values},
+      options=_within(_ANSWER_SECONDS),
+    )
 
   def _is_of_another(self, now, heartbeat):
     """Returns whether a heartbeat is of a task that lives and came first."""
@@ -890,13 +929,14 @@ def _close(session):
   return thread
 
 
-def _client_session(cluster, config):
-  """As `Cluster.session`, for transfers alone."""
-  target, config = cluster.session(config)
-  config.operation_timeout_in_ms = 1000 * _ANSWER_SECONDS
+def _for_transfers(config):
+  """Returns a `tf.ConfigProto` like `config` for transfers alone."""
+  transfers = tf.ConfigProto()
+  transfers.CopyFrom(config)
+  transfers.operation_timeout_in_ms = 1000 * _ANSWER_SECONDS
   # If a learner's host vanishes, the connection to it stays open for minutes.
   # So a new session needs a connection of its own.
-  config.rpc_options.disable_session_connection_sharing = True
+  transfers.rpc_options.disable_session_connection_sharing = True
   # There is nothing to optimise.
-  config.graph_options.rewrite_options.disable_meta_optimizer = True
-  return target, config
+  transfers.graph_options.rewrite_options.disable_meta_optimizer = True
+  return transfers

@@ -98,7 +98,15 @@ def build_staging(queue, batch_size, name):
   )
   staged = NestQueue(1, batch, name)
   tf.train.add_queue_runner(
-    tf.train.QueueRunner(staged.queue, [staged.enqueue(batch)])
+    tf.train.QueueRunner(
+      staged.queue,
+      [staged.enqueue(batch)],
+      # At the session's end, it may wait for unrolls.
+      queue_closed_exception_types=(
+        tf.errors.OutOfRangeError,
+        tf.errors.CancelledError,
+      ),
+    )
   )
   begin = tf.timestamp()
   with tf.control_dependencies([begin]):

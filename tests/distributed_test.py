@@ -45,10 +45,14 @@ def free_port():
 class Tasks:
   """Tasks of one training; those that still run at the end are killed."""
 
-  def __init__(self, logdir, host='localhost'):
+  def __init__(self, logdir, host='localhost', num_learners=1):
     self.logdir = str(logdir)
-    self.address = f'{host}:{free_port()}'
+    self.addresses = [f'{host}:{free_port()}' for _ in range(num_learners)]
     self._programs = []
+
+  @property
+  def address(self):
+    return self.addresses[0]
 
   def __enter__(self):
     return self
@@ -58,16 +62,17 @@ class Tasks:
       program.kill()
 
   def start(self, *flags, **kwargs):
+    addresses = ','.join(self.addresses)
     program = Program(
-      *TOY, f'--learner_address={self.address}', *flags, **kwargs
+      *(*TOY, f'--learner_addresses={addresses}', *flags), **kwargs
     )
     self._programs.append(program)
     return program
 
-  def learner(self, *flags, **kwargs):
+  def learner(self, *flags, task=0, **kwargs):
     return self.start(
       '--job_name=learner',
-      '--task=0',
+      f'--task={task}',
       f'--logdir={self.logdir}',
       '--save_checkpoint_secs=1',
       *flags,
@@ -206,6 +211,73 @@ def test_tasks_are_killed_stopped_and_come_back(tmp_path):
       assert 'Traceback' not in program.output
 
 
+def test_moved_learner_goes_on_where_it_was(tmp_path):
+  """SIGTERM: it saves, exits with a code of its own, and actors wait."""
+  with Tasks(tmp_path) as tasks:
+    learner, actor = tasks.learner('--save_checkpoint_secs=600'), tasks.actor(0)
+    learner.wait_for('Actor 0 .* joined')
+    learner.wait_for('of 1,000,000,000 frames')
+    learner.process.send_signal(signal.SIGTERM)
+    assert learner.finish() == os.EX_TEMPFAIL, learner.output
+    assert 'Traceback' not in learner.output
+    reached = int(
+      re.search(r'Trained for ([0-9,]+)', learner.output)[1].replace(',', '')
+    )
+    assert checkpoint_step(tmp_path) == reached > 0
+    actor.wait_for('Actor 0 waits for the learner')
+    learner = tasks.learner(f'--total_environment_frames={reached + 100}')
+    assert learner.finish() == 0, learner.output
+    assert actor.finish() == 0, actor.output
+  assert checkpoint_step(tmp_path) == reached + 100
+
+
+def test_second_task_of_a_number_is_refused(tmp_path):
+  with Tasks(tmp_path) as tasks:
+    learner, first = tasks.learner(), tasks.actor(4)
+    first_address = re.search(
+      r'\((.*)\)', learner.wait_for('Actor 4 .* joined')
+    )[1]
+    second = tasks.actor(4)
+    assert second.finish() == 2
+    assert re.search(
+      f'There is an actor 4 already, at {first_address}: give the one at '
+      'localhost:[0-9]+ another --task',
+      second.output,
+    ), second.output
+    assert 'Traceback' not in second.output
+    tasks.wait_for_training()
+    # One that follows a killed one is none.
+    first.process.kill()
+    third = tasks.actor(4)
+    third.wait_for('Actor 4 joined')
+    learner.process.send_signal(signal.SIGINT)
+    assert learner.finish() == 0, learner.output
+    assert third.finish() == 0, third.output
+
+
+def test_learners_are_killed_and_come_back(tmp_path):
+  """Of two, first the other and then the chief; training goes on by itself."""
+  with Tasks(tmp_path, num_learners=2) as tasks:
+    chief, other = tasks.learner(), tasks.learner(task=1)
+    actors = [tasks.actor(task) for task in range(2)]
+    for _ in actors:
+      chief.wait_for('Actor [01] .* joined')
+    tasks.wait_for_training()
+    other.process.kill()
+    chief.wait_for('A learner is gone')
+    chief.wait_for(f'waits for the learner at {tasks.addresses[1]}')
+    other = tasks.learner(task=1)
+    tasks.wait_for_training()
+    chief.process.kill()
+    other.wait_for(f'Learner 1 waits for the learner at {tasks.address}')
+    step = checkpoint_step(tmp_path)
+    chief = tasks.learner(f'--total_environment_frames={step + 2000}')
+    for program in (chief, other, *actors):
+      assert program.finish() == 0, program.output
+      assert 'Traceback' not in program.output
+  assert checkpoint_step(tmp_path) == step + 2000
+
+
 class Proxy:
   """Passes TCP connections on to a port, and counts what comes back."""
 
@@ -246,7 +318,7 @@ def test_parameters_are_read_once_per_unroll(tmp_path):
   with Tasks(tmp_path) as tasks:
     learner = tasks.learner(f'--total_environment_frames={5 * num_unrolls}')
     with Proxy(int(tasks.address.rpartition(':')[2])) as proxy:
-      actor = tasks.actor(0, f'--learner_address={proxy.address}')
+      actor = tasks.actor(0, f'--learner_addresses={proxy.address}')
       assert learner.finish() == 0, learner.output
       assert actor.finish() == 0, actor.output
     checkpoint = tf.train.latest_checkpoint(str(tmp_path))
@@ -290,7 +362,7 @@ def hosts():
 def test_cable_between_two_hosts_is_cut_and_mended(tmp_path, hosts):
   (here, there), set_cable = hosts
   with Tasks(tmp_path) as tasks:
-    tasks.address = '10.97.0.1:8000'
+    tasks.addresses = ['10.97.0.1:8000']
     learner = tasks.learner(prefix=['ip', 'netns', 'exec', here])
     near = tasks.actor(0, prefix=['ip', 'netns', 'exec', here])
     far = tasks.actor(1, prefix=['ip', 'netns', 'exec', there])
