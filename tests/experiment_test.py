@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 import convolution
 import environments
 import experiment
+import popart
 import py_process
 import unrolls
 import vtrace
@@ -481,6 +482,73 @@ def test_learner_updates_the_statistics_of_frames(learner_batch):
 
 
 @flagsaver.flagsaver(
+  batch_size=3,
+  unroll_length=5,
+  reward_clipping='none',
+  discounting=0.9,
+  baseline_cost=0.5,
+  entropy_cost=0.1,
+)
+def test_popart_divides_losses_by_the_deviations_of_their_levels(
+  learner_batch, monkeypatch
+):
+  env, behaviour = learner_batch
+  env = env._replace(reward=env.reward / 10)  # None is clipped by hand.
+  means, variances = np.array([0.3, -2]), np.array([4, 25])
+  # So large that the moments move to where the targets are.
+  monkeypatch.setattr(popart.NormalizedBaseline, '_STEP_SIZE', 0.5)
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', popart_levels=['a', 'b'])
+    state = agent.initial_state(3)
+    names = tf.constant(['a', 'b', 'a'])
+    target, _ = agent.unroll(
+      tf.constant(behaviour.action), constants(env), state
+    )
+    target = agent.at_level(target, names)
+    learner = experiment.build_learner(
+      agent, state, constants(env), constants(behaviour), names
+    )
+    moments = [
+      next(v for v in agent.variables if f'popart/{name}' in v.name)
+      for name in ('mean', 'variance')
+    ]
+    begin = [moments[0].assign(means), moments[1].assign(variances)]
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      session.run(begin)
+      target = session.run(target)
+      output = session.run(learner)
+      mean, variance = session.run(moments)
+  expected = np.zeros(3)
+  second_moments = variances + means**2
+  vs = vtrace_by_hand(target, behaviour, env, rho_bar=1, lambda_=1)
+  for b, level in enumerate([0, 1, 0]):
+    losses = numpy_losses(
+      *tf.nest.map_structure(
+        lambda x, b=b: x[:, b : b + 1],
+        (target.policy_logits, target.baseline, behaviour, env),
+      ),
+      0.9,
+    )
+    deviation = np.sqrt(variances[level])
+    expected += losses / np.array([deviation, deviation**2, 1])
+    counted = vs[~env.truncated[1:, b], b]
+    means[level] += 0.5 * (counted.mean() - means[level])
+    second_moments[level] += 0.5 * (np.mean(counted**2) - second_moments[level])
+  np.testing.assert_allclose(
+    [output.policy_gradient_loss, output.baseline_loss],
+    expected[:2],
+    rtol=1e-3,
+  )
+  np.testing.assert_allclose(
+    output.total_loss, expected @ [1, 0.5, -0.1], rtol=1e-3
+  )
+  np.testing.assert_allclose(mean, means, rtol=1e-3)
+  np.testing.assert_allclose(variance, second_moments - means**2, rtol=1e-3)
+
+
+@flagsaver.flagsaver(
   batch_size=8,
   unroll_length=5,
   learning_rate=0.002,
@@ -676,6 +744,7 @@ def test_loss_that_is_not_finite_changes_nothing(learner_batch):
 @pytest.mark.parametrize(
   ('clipping', 'expected'),
   [
+    ('none', [-10, -0.5, 0, 0.5, 10]),
     ('abs_one', [-1, -0.5, 0, 0.5, 1]),
     (
       'soft_asymmetric',

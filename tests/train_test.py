@@ -411,6 +411,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--level_name=gym:ALE/Pong-v5', 'here it is [4, 6, 4]'),
     ('--torso=deep', '--torso is deep, but the agent'),
     ('--core=none', '--core is none, but the agent'),
+    ('--popart', '--popart is True, but the agent'),
     ('--height=40', '--height is 40, but the agent'),
     # The same variables, but they have learned what this changes.
     ('--num_action_repeats=4', '--num_action_repeats is 4, but the agent'),
@@ -430,6 +431,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--unroll_length=0', 'unroll_length'),
     ('--torso=wide', 'torso'),
     ('--discounting=1.5', 'discounting'),
+    ('--popart --reward_clipping=abs_one', 'add --reward_clipping=none'),
     ('--num_actor=3', 'num_actor'),
     ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
     ('--level_name=gym:CartPole-v1', 'image'),
@@ -447,7 +449,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
 )
 def test_impossible_flag_gets_one_sentence(tmp_path, flag, message):
   logdir = tmp_path / 'log'
-  code, output = run(*TOY, f'--logdir={logdir}', flag)
+  code, output = run(*TOY, f'--logdir={logdir}', *flag.split())
   assert code == 2, output
   assert message in output
   assert len(output.splitlines()) <= 2, output
