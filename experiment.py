@@ -68,6 +68,7 @@ with quiet.start():
   from learner_loop import SESSION_LOST, LearnerLoop, SessionLost
   from metrics import Metrics
   from player import Player
+  from replay import Replay
   from unrolls import ActorOutput, build_queue, build_staging, build_unroll
 
 __all__ = ['Agent', 'Player', 'build_actor', 'build_learner', 'test', 'train']
@@ -171,6 +172,22 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
   'unroll_length', 100, 'Agent steps per unroll.', lower_bound=1
+)
+flags.DEFINE_float(
+  'replay_proportion',
+  0.0,
+  'Part of the unrolls of each batch that were learned from before, drawn from '
+  'the last --replay_size; 0 is off, the paper has 0.5. They are not counted '
+  'as frames: a training with 0.5 makes twice the updates.',
+  lower_bound=0,
+  upper_bound=1,
+)
+flags.DEFINE_integer(
+  'replay_size',
+  10_000,
+  "Unrolls that are kept to be replayed, in the learner's memory. They are not "
+  'in checkpoints.',
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   'seed',
@@ -521,8 +538,8 @@ LearnerOutput = collections.namedtuple(
 
 
 # What a learner computes of its batch: losses, float32 scalars; the gradients
-# of `total_loss`, one per trainable variable; the `StepOutput` of [T, B, ...]
-# that all is of; and the `popart.Targets` of the baseline.
+# of `total_loss`, one per trainable variable; of the fresh unrolls the
+# `StepOutput` of [T, B, ...]; and the `popart.Targets` of the baseline.
 Tower = collections.namedtuple(
   'Tower',
   'total_loss policy_gradient_loss baseline_loss entropy gradients env_outputs '
@@ -547,14 +564,22 @@ def build_learner(
   """
   return build_update(
     agent,
-    [build_tower(agent, agent_state, env_outputs, agent_outputs, level_name)],
+    [
+      build_tower(
+        *(agent, agent_state, env_outputs, agent_outputs, level_name),
+        fresh=slice(None),
+      )
+    ],
   )
 
 
-def build_tower(agent, agent_state, env_outputs, agent_outputs, level_name):
+def build_tower(
+  agent, agent_state, env_outputs, agent_outputs, level_name, fresh
+):
   """Builds the loss (section 4.2 of the paper) of a batch and its gradients.
 
-  Args: see `build_learner`.
+  Args: see `build_learner`, and
+    fresh: slice of the unrolls that are not replayed.
 
   Returns:
     `Tower`.
@@ -603,7 +628,7 @@ def build_tower(agent, agent_state, env_outputs, agent_outputs, level_name):
     baseline_loss=baseline_loss,
     entropy=tf.reduce_mean(entropy),
     gradients=tf.gradients(total_loss, agent.trainable_variables),
-    env_outputs=env_outputs,
+    env_outputs=_index(env_outputs, (slice(None), fresh)),
     targets=popart.Targets(
       vtrace_returns.vs, ~env_outputs.truncated, level_name
     ),
@@ -752,15 +777,25 @@ def _build_optimizer():
   )
 
 
+def _num_replayed():
+  """Returns how many unrolls of a batch are replayed."""
+  return round(FLAGS.replay_proportion * FLAGS.batch_size)
+
+
+def _num_fresh():
+  return FLAGS.batch_size - _num_replayed()
+
+
 def _frames_per_update():
-  return FLAGS.batch_size * FLAGS.unroll_length * FLAGS.num_action_repeats
+  return _num_fresh() * FLAGS.unroll_length * FLAGS.num_action_repeats
 
 
 # --- The way from actors to learner ------------------------------------------
 
-# The results of an update: the `LearnerOutput`; of its batch level_name [B],
-# game_over and info [T, B]; the scalar policy_lag; and of each of N learners,
-# [N], how many unrolls its queue has and the seconds it waited for its batch.
+# The results of an update: the `LearnerOutput`; of its fresh unrolls level_name
+# [B], game_over and info [T, B]; the scalar policy_lag; and of each of N
+# learners, [N], how many unrolls its queue has and the seconds it waited for
+# its batch.
 Update = collections.namedtuple(
   'Update',
   'learner level_name game_over info policy_lag queue_size wait_seconds',
@@ -777,7 +812,11 @@ def build_training(agent, queues, devices=(None,)):
 
   Returns:
     `Update`, and the op that ends the learners' waits for unrolls.
+
+  Raises:
+    UserError: the memory can't hold --replay_size.
   """
+  fresh = slice(_num_fresh() // len(queues))
   towers, batches, wait_seconds, end_waits = [], [], [], []
   # Of a chief that was killed, there may be others in the learners' tasks.
   unique = time.time_ns()
@@ -785,8 +824,9 @@ def build_training(agent, queues, devices=(None,)):
     with tf.device(device):
       with tf.device('/cpu:0'):
         batch, seconds, end = build_staging(
-          *(queue, FLAGS.batch_size // len(queues)),
+          *(queue, fresh.stop),
           name=f'staged_batches_{k}_{unique}',
+          replay=_build_replay(queue.like, len(queues)),
         )
       output = batch.actor_output
       towers.append(
@@ -796,6 +836,7 @@ def build_training(agent, queues, devices=(None,)):
           output.env_outputs,
           output.agent_outputs,
           output.level_name,
+          fresh,
         )
       )
     batches.append(batch)
@@ -804,13 +845,15 @@ def build_training(agent, queues, devices=(None,)):
   learner = build_update(agent, towers)
   # The first entry was counted as the last one of the unroll before.
   env_outputs = _index(
-    [b.actor_output.env_outputs for b in batches], slice(1, None)
+    [b.actor_output.env_outputs for b in batches], (slice(1, None), fresh)
   )
-  begun = tf.concat([batch.global_step for batch in batches], 0)
+  begun = tf.concat([batch.global_step[fresh] for batch in batches], 0)
   lag = learner.global_step - _frames_per_update() - begun
   update = Update(
     learner=learner,
-    level_name=tf.concat([b.actor_output.level_name for b in batches], 0),
+    level_name=tf.concat(
+      [b.actor_output.level_name[fresh] for b in batches], 0
+    ),
     game_over=tf.concat([output.game_over for output in env_outputs], 1),
     info=tf.nest.map_structure(
       lambda *parts: tf.concat(parts, 1),
@@ -821,6 +864,15 @@ def build_training(agent, queues, devices=(None,)):
     wait_seconds=tf.stack(wait_seconds),
   )
   return update, tf.group(end_waits)
+
+
+def _build_replay(unroll, num_learners):
+  """Returns the `Replay` of one of the learners, or None without."""
+  if not _num_replayed():
+    return None
+  return Replay(
+    FLAGS.replay_size // num_learners, unroll, _num_replayed() // num_learners
+  )
 
 
 # --- Building blocks of the runs --------------------------------------------
@@ -1650,6 +1702,12 @@ def _check_flags():
     if FLAGS.task != -1:
       raise UserError('--task is for training: a test runs on one machine.')
     return
+  if FLAGS.replay_proportion and not 0 < _num_replayed() < FLAGS.batch_size:
+    raise UserError(
+      f'--replay_proportion={FLAGS.replay_proportion} of --batch_size='
+      f'{FLAGS.batch_size} unrolls is {_num_replayed()}: at least one has to '
+      'be replayed, and one fresh.'
+    )
   if os.environ.get('TF_CONFIG'):
     _take_tf_config(os.environ['TF_CONFIG'])
   if FLAGS.task == -1 and (
@@ -1720,6 +1778,12 @@ def _check_learners():
     raise UserError(
       f'--batch_size={FLAGS.batch_size} can not be split evenly between '
       f'{count} learners: give a multiple of {count}.'
+    )
+  if _num_replayed() % count:
+    raise UserError(
+      f'--replay_proportion={FLAGS.replay_proportion}: {_num_replayed()} of the '
+      f'{FLAGS.batch_size} unrolls of a batch can not be split evenly between '
+      f'{count} learners: give another one.'
     )
 
 

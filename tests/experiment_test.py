@@ -677,6 +677,56 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
   assert result.info.episode_return.shape == (5, 2)
 
 
+@flagsaver.flagsaver(
+  batch_size=5,
+  replay_proportion=0.6,
+  replay_size=4,
+  unroll_length=5,
+  num_action_repeats=1,
+)
+def test_replayed_unrolls_are_learned_from_but_not_counted(capsys):
+  values = (10, 40), (70, 100), (130, 160)
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', normalize_frames=True)
+    tf.set_random_seed(1)
+    # Each was begun at the frames that the learner has when it takes it.
+    tensors = [
+      constants(unroll_of(value, 10 * update))
+      for update, pair in enumerate(values)
+      for value in pair
+    ]
+    queue = unrolls.build_queue(tensors[0])
+    enqueue = [queue.enqueue(tensor) for tensor in tensors]
+    update, _ = experiment.build_training(agent, [queue])
+    mean = next(v for v in agent.variables if 'statistics/mean' in v.name)
+    with tf.Session() as session:
+      session.run(
+        [tf.global_variables_initializer(), tf.local_variables_initializer()]
+      )
+      coord = tf.train.Coordinator()
+      threads = tf.train.start_queue_runners(session, coord)
+      results = []
+      for pair in range(3):
+        for op in enqueue[2 * pair : 2 * pair + 2]:
+          session.run(op)
+        results.append(session.run(update))
+      mean = session.run(mean)
+      coord.request_stop()
+      session.run(queue.queue.close(cancel_pending_enqueues=True))
+      coord.join(threads, stop_grace_period_secs=10)
+  assert 'Replay: 3 of each batch of unrolls' in capsys.readouterr().out
+  for number, result in enumerate(results):
+    assert [name.decode() for name in result.level_name] == [
+      f'level {value}' for value in values[number]
+    ]
+    assert result.game_over.shape == result.info.episode_step.shape == (5, 2)
+    assert result.learner.global_step == 10 * (number + 1)
+    assert result.policy_lag == 0
+  # In the statistics is step 1 of each unroll alone, which is one brighter.
+  np.testing.assert_allclose(mean, np.mean(values) + 1, rtol=1e-5)
+
+
 @flagsaver.flagsaver(batch_size=1, unroll_length=5)
 def test_batch_of_one_unroll(learner_batch):
   env, behaviour = tf.nest.map_structure(lambda x: x[:, :1], learner_batch)
