@@ -1781,7 +1781,7 @@ def _check_learners():
     )
   if _num_replayed() % count:
     raise UserError(
-      f'--replay_proportion={FLAGS.replay_proportion}: {_num_replayed()} of the '
+      f'--replay_proportion={FLAGS.replay_proportion}: {_num_replayed()} of '
       f'{FLAGS.batch_size} unrolls of a batch can not be split evenly between '
       f'{count} learners: give another one.'
     )

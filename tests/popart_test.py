@@ -264,10 +264,12 @@ def test_training_and_test_go_on_with_the_moments(tmp_path, capsys):
   # Perhaps both unrolls of the batch were of the same level.
   assert np.any(after != before)
   np.testing.assert_allclose(after, before, rtol=0.2)
+  # One level alone, by the agent of both.
+  arguments = ['--mode=test', f'--logdir={logdir}', f'--level_name={LARGE}']
   with flagsaver.flagsaver():
-    FLAGS(['experiment.py', '--mode=test', f'--logdir={logdir}'])
+    FLAGS(['experiment.py', *arguments])
     experiment.test()
-  assert 'gym:toy_gym:SmallTest-v0  ' in capsys.readouterr().out
+  assert f'{LARGE}  ' in capsys.readouterr().out
   with Player(logdir) as player:
     assert player.popart_levels == [SMALL, LARGE]
     small, large = player.step(np.zeros((4, 6), np.uint8)).baseline
