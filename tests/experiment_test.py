@@ -641,7 +641,7 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
     tensors = [constants(unroll) for unroll in pair]
     queue = unrolls.build_queue(tensors[0])
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
-    (batch, _), update = (
+    (batch, _, _), (update, _) = (
       unrolls.build_staging(queue, 2, 'staged'),
       experiment.build_training(agent, [queue]),
     )
