@@ -14,6 +14,7 @@ import sonnet as snt
 import tensorflow.compat.v1 as tf
 
 import convolution
+import popart
 import private_apis
 
 # Sonnet checks once whether TensorFlow 2 is enabled. Inside of a graph, this
@@ -51,6 +52,7 @@ class Agent(snt.Module):
     core='lstm',
     normalize_frames=False,
     name='agent',
+    popart_levels=(),
   ):
     """Makes the modules.
 
@@ -64,6 +66,8 @@ class Agent(snt.Module):
       normalize_frames: whether each pixel is shifted and scaled by its mean and
         deviation, see `FrameStatistics`; else frames are divided by 255.
       name: name of the module.
+      popart_levels: names of the levels that have a baseline of their own, see
+        `popart`. Without, there is one for all.
     """
     super().__init__(name)
     self.num_actions = num_actions
@@ -92,7 +96,11 @@ class Agent(snt.Module):
     self._policy = snt.Linear(
       self._num_logits, name='_'.join(['policy_logits', *suffixes])
     )
-    self._baseline = snt.Linear(1, name='baseline')
+    self._popart = None
+    if popart_levels:
+      self._popart = popart.NormalizedBaseline(popart_levels)
+    else:
+      self._baseline = snt.Linear(1, name='baseline')
 
   def initial_state(self, batch_size):
     """Returns the core's state [batch_size, ...] before the first step."""
@@ -123,6 +131,48 @@ class Agent(snt.Module):
       [part.observation[0] for part in env_outputs]
     )
 
+  def at_level(self, agent_output, level_name):
+    """Returns an `AgentOutput` with the baseline of a level.
+
+    Args:
+      agent_output: `AgentOutput` that the agent returned, of [..., B, ...].
+      level_name: string [B] or scalar.
+
+    Returns:
+      `AgentOutput` whose baseline is float32 [..., B]. It is NaN for a level
+      that is none of the agent's.
+    """
+    if self._popart is None:
+      return agent_output
+    baseline = self._popart.select(agent_output.baseline, level_name)
+    return agent_output._replace(baseline=baseline)
+
+  def baseline_scale(self, level_name):
+    """Returns by what errors of the baseline of levels are to be divided.
+
+    Args:
+      level_name: string [B].
+
+    Returns:
+      float32 [B], or a scalar for all.
+    """
+    if self._popart is None:
+      return tf.constant(1.0)
+    return self._popart.deviation(level_name)
+
+  def rescale_baseline(self, targets):
+    """Builds the update of the baselines' scales; no value is changed by it.
+
+    Args:
+      targets: list of `popart.Targets`, parts of a batch.
+
+    Returns:
+      An operation, to be run after the agent has learned from the same targets.
+    """
+    if self._popart is None:
+      return tf.no_op()
+    return self._popart.update(targets)
+
   def __call__(self, input_, core_state):
     """Chooses actions for one step.
 
@@ -133,7 +183,8 @@ class Agent(snt.Module):
 
     Returns:
       `AgentOutput` of the action, as above; logits, float32 [B, num_actions] or
-      [B, num_heads, ...]; and the baseline, float32 [B]. And the next state.
+      [B, num_heads, ...]; and the baseline, float32 [B], or with PopArt
+      [B, num_levels], see `at_level`. And the next state.
     """
     last_action, env_output = input_
     features = self._torso(last_action, env_output)
@@ -208,8 +259,13 @@ class Agent(snt.Module):
     return AgentOutput(
       action=self.draw(policy_logits),
       policy_logits=policy_logits,
-      baseline=tf.squeeze(self._baseline(core_output), 1),
+      baseline=self._values(core_output),
     )
+
+  def _values(self, core_output):
+    if self._popart is not None:
+      return self._popart(core_output)
+    return tf.squeeze(self._baseline(core_output), 1)
 
   def _split(self, logits):
     """Returns the policy's logits by head, if there are several."""

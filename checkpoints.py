@@ -35,6 +35,7 @@ _OLDER_FLAGS = {
   'core': 'lstm',
   'normalize_frames': False,
   'optimizer': 'rmsprop',
+  'popart': False,
 }
 
 # --- Saving -----------------------------------------------------------------
@@ -321,7 +322,7 @@ def check_agent(shapes, place):
         f'{place} holds the checkpoint of another agent: its {name} is '
         f'{shapes.get(name, "missing")}, here it is {ours}. Give another '
         '--logdir, or the --level_name, --torso, --core, --normalize_frames, '
-        '--optimizer, --height and --width that it was trained with.'
+        '--popart, --optimizer, --height and --width that it was trained with.'
       )
 
 
@@ -364,7 +365,9 @@ def find_description(checkpoint):
   return description
 
 
-def save_description(logdir, spec, torso, flag_values, settings):
+def save_description(
+  logdir, spec, torso, flag_values, settings, level_names=()
+):
   """Saves beside the checkpoints what others need to know of the agent.
 
   Args:
@@ -373,16 +376,28 @@ def save_description(logdir, spec, torso, flag_values, settings):
     torso: 'deep' or 'shallow'.
     flag_values: dict of the training's flags.
     settings: those of them that change what is learned.
+    level_names: of what it plays; PopArt's baselines are in this order.
   """
   description = {
     'torso': torso,
     'frame_shape': list(spec.frame_shape),
     **action_sets.to_json(spec.action_set),
+    'level_names': list(level_names),
     'settings': settings,
     'flags': flag_values,
   }
   text = json.dumps(description, indent=1, allow_nan=False)
   _write(os.path.join(logdir, _DESCRIPTION), text)
+
+
+def popart_levels(description):
+  """Returns the names of the levels that have a baseline of their own.
+
+  Args:
+    description: see `find_description`.
+  """
+  flag_values = description['flags']
+  return description['level_names'] if flag_values['popart'] else []
 
 
 def describe_changes(description, settings):

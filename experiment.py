@@ -51,6 +51,7 @@ with quiet.start():
   import evaluation
   import levels
   import log_folder
+  import popart
   import py_process
   import vtrace
   from actors import ActorLoops, create_processes, draw_seeds
@@ -67,6 +68,7 @@ with quiet.start():
   from learner_loop import SESSION_LOST, LearnerLoop, SessionLost
   from metrics import Metrics
   from player import Player
+  from replay import Replay
   from unrolls import ActorOutput, build_queue, build_staging, build_unroll
 
 __all__ = ['Agent', 'Player', 'build_actor', 'build_learner', 'test', 'train']
@@ -171,6 +173,22 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   'unroll_length', 100, 'Agent steps per unroll.', lower_bound=1
 )
+flags.DEFINE_float(
+  'replay_proportion',
+  0.0,
+  'Part of the unrolls of each batch that were learned from before, drawn from '
+  'the last --replay_size; 0 is off, the paper has 0.5. They are not counted '
+  'as frames: a training with 0.5 makes twice the updates.',
+  lower_bound=0,
+  upper_bound=1,
+)
+flags.DEFINE_integer(
+  'replay_size',
+  10_000,
+  "Unrolls that are kept to be replayed, in the learner's memory. They are not "
+  'in checkpoints.',
+  lower_bound=1,
+)
 flags.DEFINE_integer(
   'seed',
   1,
@@ -271,12 +289,17 @@ flags.DEFINE_float(
 flags.DEFINE_enum(
   'reward_clipping',
   'abs_one',
-  ['abs_one', 'soft_asymmetric'],
+  ['abs_one', 'soft_asymmetric', 'none'],
   'abs_one clips rewards to [-1, 1]. soft_asymmetric takes 5 tanh(r / 5), '
   "times 0.3 if negative, as DeepMind's release does; the paper's appendix "
-  'prints another formula.',
+  'prints another formula. With --popart it is none.',
 )
-
+flags.DEFINE_boolean(
+  'popart',
+  False,
+  'PopArt (arXiv 1809.04474): a baseline for each level, in units of its own, '
+  "which follow the size of the level's returns. Rewards are not clipped.",
+)
 flags.DEFINE_float(
   'clip_rho_threshold',
   1.0,
@@ -340,6 +363,7 @@ _AGENT_FLAGS = (
   'torso',
   'core',
   'normalize_frames',
+  'popart',
   'num_action_repeats',
   'height',
   'width',
@@ -407,6 +431,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
     `ActorGraph`.
   """
   is_reproducible = noise_seed is not None
+  level_name = tf.convert_to_tensor(level_name)
 
   @dynamic_batching.batch_fn
   def infer(last_action, env_output, agent_state):
@@ -432,6 +457,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
       agent_output = agent_output._replace(
         action=agent.draw(agent_output.policy_logits, seed)
       )
+    agent_output = agent.at_level(agent_output, level_name)
     return _without_batch((agent_output, agent_state))
 
   def step(state, _):
@@ -456,7 +482,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
     initial_state=initial_state,
     state=state,
     output=ActorOutput(
-      tf.convert_to_tensor(level_name),
+      level_name,
       state.agent_state,
       env_outputs,
       agent_outputs,
@@ -512,15 +538,18 @@ LearnerOutput = collections.namedtuple(
 
 
 # What a learner computes of its batch: losses, float32 scalars; the gradients
-# of `total_loss`, one per trainable variable; and the `StepOutput` of
-# [T, B, ...] that all is of.
+# of `total_loss`, one per trainable variable; of the fresh unrolls the
+# `StepOutput` of [T, B, ...]; and the `popart.Targets` of the baseline.
 Tower = collections.namedtuple(
   'Tower',
-  'total_loss policy_gradient_loss baseline_loss entropy gradients env_outputs',
+  'total_loss policy_gradient_loss baseline_loss entropy gradients env_outputs '
+  'targets',
 )
 
 
-def build_learner(agent, agent_state, env_outputs, agent_outputs):
+def build_learner(
+  agent, agent_state, env_outputs, agent_outputs, level_name=''
+):
   """Builds the loss of a batch and its update.
 
   Args:
@@ -528,19 +557,29 @@ def build_learner(agent, agent_state, env_outputs, agent_outputs):
     agent_state: its state before the first entry, [B, ...].
     env_outputs: `StepOutput` of [T + 1, B, ...].
     agent_outputs: `AgentOutput` of [T + 1, B, ...], by the behaviour policy.
+    level_name: string [B], needed with PopArt.
 
   Returns:
     `LearnerOutput`.
   """
   return build_update(
-    agent, [build_tower(agent, agent_state, env_outputs, agent_outputs)]
+    agent,
+    [
+      build_tower(
+        *(agent, agent_state, env_outputs, agent_outputs, level_name),
+        fresh=slice(None),
+      )
+    ],
   )
 
 
-def build_tower(agent, agent_state, env_outputs, agent_outputs):
+def build_tower(
+  agent, agent_state, env_outputs, agent_outputs, level_name, fresh
+):
   """Builds the loss (section 4.2 of the paper) of a batch and its gradients.
 
-  Args: see `build_learner`.
+  Args: see `build_learner`, and
+    fresh: slice of the unrolls that are not replayed.
 
   Returns:
     `Tower`.
@@ -552,6 +591,10 @@ def build_tower(agent, agent_state, env_outputs, agent_outputs):
     *_index(inputs, slice(None, -1)), agent_state
   )
   last_output, _ = agent(_index(inputs, -1), last_state)
+  learner_outputs, last_output = (
+    agent.at_level(output, level_name)
+    for output in (learner_outputs, last_output)
+  )
   # The agent's output t came before the environment's output t: after this,
   # entry t has an action, its reward, and policy and baseline before both.
   agent_outputs, env_outputs = _index(
@@ -560,14 +603,16 @@ def build_tower(agent, agent_state, env_outputs, agent_outputs):
   vtrace_returns = _build_vtrace(
     learner_outputs, agent_outputs, env_outputs, last_output.baseline
   )
+  # With PopArt, no level counts for more because its rewards are larger.
+  scale = agent.baseline_scale(level_name)
   policy_gradient_loss = -tf.reduce_sum(
     vtrace.log_probs_from_logits_and_actions(
       learner_outputs.policy_logits, agent_outputs.action
     )
-    * vtrace_returns.pg_advantages
+    * (vtrace_returns.pg_advantages / scale)
   )
   baseline_loss = 0.5 * tf.reduce_sum(
-    tf.square(vtrace_returns.vs - learner_outputs.baseline)
+    tf.square((vtrace_returns.vs - learner_outputs.baseline) / scale)
   )
   entropy = _entropy(learner_outputs.policy_logits)
   entropy = tf.where(env_outputs.truncated, tf.zeros_like(entropy), entropy)
@@ -583,7 +628,10 @@ def build_tower(agent, agent_state, env_outputs, agent_outputs):
     baseline_loss=baseline_loss,
     entropy=tf.reduce_mean(entropy),
     gradients=tf.gradients(total_loss, agent.trainable_variables),
-    env_outputs=env_outputs,
+    env_outputs=_index(env_outputs, (slice(None), fresh)),
+    targets=popart.Targets(
+      vtrace_returns.vs, ~env_outputs.truncated, level_name
+    ),
   )
 
 
@@ -623,8 +671,11 @@ def build_update(agent, towers):
   with tf.control_dependencies(checks):
     update = optimizer.apply_gradients(zip(gradients, variables, strict=True))
   with tf.control_dependencies([update]):
-    observe = agent.observe([tower.env_outputs for tower in towers])
-  with tf.control_dependencies([observe]):
+    statistics = [
+      agent.observe([tower.env_outputs for tower in towers]),
+      agent.rescale_baseline([tower.targets for tower in towers]),
+    ]
+  with tf.control_dependencies(statistics):
     global_step = tf.train.get_or_create_global_step().assign_add(
       _frames_per_update(), read_value=True
     )
@@ -682,6 +733,8 @@ def _build_vtrace(learner_outputs, agent_outputs, env_outputs, bootstrap_value):
 
 
 def _clip_rewards(rewards):
+  if FLAGS.reward_clipping == 'none':
+    return rewards
   if FLAGS.reward_clipping == 'abs_one':
     return tf.clip_by_value(rewards, -1, 1)
   squeezed = tf.tanh(rewards / 5.0)
@@ -724,15 +777,25 @@ def _build_optimizer():
   )
 
 
+def _num_replayed():
+  """Returns how many unrolls of a batch are replayed."""
+  return round(FLAGS.replay_proportion * FLAGS.batch_size)
+
+
+def _num_fresh():
+  return FLAGS.batch_size - _num_replayed()
+
+
 def _frames_per_update():
-  return FLAGS.batch_size * FLAGS.unroll_length * FLAGS.num_action_repeats
+  return _num_fresh() * FLAGS.unroll_length * FLAGS.num_action_repeats
 
 
 # --- The way from actors to learner ------------------------------------------
 
-# The results of an update: the `LearnerOutput`; of its batch level_name [B],
-# game_over and info [T, B]; the scalar policy_lag; and of each of N learners,
-# [N], how many unrolls its queue has and the seconds it waited for its batch.
+# The results of an update: the `LearnerOutput`; of its fresh unrolls level_name
+# [B], game_over and info [T, B]; the scalar policy_lag; and of each of N
+# learners, [N], how many unrolls its queue has and the seconds it waited for
+# its batch.
 Update = collections.namedtuple(
   'Update',
   'learner level_name game_over info policy_lag queue_size wait_seconds',
@@ -749,7 +812,11 @@ def build_training(agent, queues, devices=(None,)):
 
   Returns:
     `Update`, and the op that ends the learners' waits for unrolls.
+
+  Raises:
+    UserError: the memory can't hold --replay_size.
   """
+  fresh = slice(_num_fresh() // len(queues))
   towers, batches, wait_seconds, end_waits = [], [], [], []
   # Of a chief that was killed, there may be others in the learners' tasks.
   unique = time.time_ns()
@@ -757,13 +824,19 @@ def build_training(agent, queues, devices=(None,)):
     with tf.device(device):
       with tf.device('/cpu:0'):
         batch, seconds, end = build_staging(
-          *(queue, FLAGS.batch_size // len(queues)),
+          *(queue, fresh.stop),
           name=f'staged_batches_{k}_{unique}',
+          replay=_build_replay(queue.like, len(queues)),
         )
       output = batch.actor_output
       towers.append(
         build_tower(
-          agent, output.agent_state, output.env_outputs, output.agent_outputs
+          agent,
+          output.agent_state,
+          output.env_outputs,
+          output.agent_outputs,
+          output.level_name,
+          fresh,
         )
       )
     batches.append(batch)
@@ -772,13 +845,15 @@ def build_training(agent, queues, devices=(None,)):
   learner = build_update(agent, towers)
   # The first entry was counted as the last one of the unroll before.
   env_outputs = _index(
-    [b.actor_output.env_outputs for b in batches], slice(1, None)
+    [b.actor_output.env_outputs for b in batches], (slice(1, None), fresh)
   )
-  begun = tf.concat([batch.global_step for batch in batches], 0)
+  begun = tf.concat([batch.global_step[fresh] for batch in batches], 0)
   lag = learner.global_step - _frames_per_update() - begun
   update = Update(
     learner=learner,
-    level_name=tf.concat([b.actor_output.level_name for b in batches], 0),
+    level_name=tf.concat(
+      [b.actor_output.level_name[fresh] for b in batches], 0
+    ),
     game_over=tf.concat([output.game_over for output in env_outputs], 1),
     info=tf.nest.map_structure(
       lambda *parts: tf.concat(parts, 1),
@@ -789,6 +864,15 @@ def build_training(agent, queues, devices=(None,)):
     wait_seconds=tf.stack(wait_seconds),
   )
   return update, tf.group(end_waits)
+
+
+def _build_replay(unroll, num_learners):
+  """Returns the `Replay` of one of the learners, or None without."""
+  if not _num_replayed():
+    return None
+  return Replay(
+    FLAGS.replay_size // num_learners, unroll, _num_replayed() // num_learners
+  )
 
 
 # --- Building blocks of the runs --------------------------------------------
@@ -828,13 +912,23 @@ def _new_graph(device=None):
     yield
 
 
-def _new_agent(game):
+def _new_agent(game, popart_levels=None):
+  """Returns the `Agent` that the flags ask for.
+
+  Args:
+    game: `Game`.
+    popart_levels: of an agent that was trained, see `Agent`.
+  """
+  if popart_levels is None:
+    names = levels.training_names(game.names)
+    popart_levels = names if FLAGS.popart else ()
   return Agent(
     action_sets.num_actions(game.spec.action_set),
     FLAGS.torso,
     FLAGS.precision,
     FLAGS.core,
     FLAGS.normalize_frames,
+    popart_levels=popart_levels,
   )
 
 
@@ -864,7 +958,8 @@ def _build_actor_for(game, agent, processes, noise_seeds=None):
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
   number = _first_environment() + index
-  level_name = tf.constant(game.names)[number % len(game.names)]
+  level_names = levels.training_names(game.names)
+  level_name = tf.constant(level_names)[number % len(level_names)]
   noise_seed = None if noise_seeds is None else tf.constant(noise_seeds)[index]
   actor = build_actor(agent, env, level_name, game.spec.action_set, noise_seed)
   return actor, index
@@ -992,6 +1087,7 @@ def train():
     game = _choose_game(description['num_actions'])
   else:
     game = _choose_game()
+  _leave_rewards_to_popart()
   tasks = None if FLAGS.task == -1 else _cluster()
   with _new_graph(tasks and tasks.learner_device()), stop_signals() as signals:
     training = _prepare_chief(game, tasks) if tasks else _prepare_alone(game)
@@ -1001,6 +1097,24 @@ def train():
       _prepare_log_folder(game, description)
       _run_training(game, training, signals)
   _exit_if_moved(signals)
+
+
+def _leave_rewards_to_popart():
+  """Turns the clipping of rewards off with --popart.
+
+  Raises:
+    UserError: another kind is given.
+  """
+  if not FLAGS.popart:
+    return
+  clipping = FLAGS['reward_clipping']
+  if clipping.present and clipping.value != 'none':
+    raise UserError(
+      '--popart learns from rewards as they are, but '
+      f'--reward_clipping={clipping.value} is given: leave one of them out, or '
+      'add --reward_clipping=none.'
+    )
+  clipping.value = 'none'
 
 
 def _prepare_log_folder(game, description):
@@ -1030,7 +1144,7 @@ def _prepare_log_folder(game, description):
   try:
     checkpoints.prepare(logdir, checkpoint)
     checkpoints.save_description(
-      logdir, game.spec, FLAGS.torso, flag_values, settings
+      logdir, game.spec, FLAGS.torso, flag_values, settings, game.names
     )
   except OSError as error:
     raise _not_writable('logdir', error) from None
@@ -1270,6 +1384,7 @@ def _task_requirements(game):
       '--torso': FLAGS.torso,
       '--core': FLAGS.core,
       '--normalize_frames': FLAGS.normalize_frames,
+      '--popart': FLAGS.popart,
       '--unroll_length': FLAGS.unroll_length,
       '--num_action_repeats': FLAGS.num_action_repeats,
       'frame size (--height, --width)': list(game.spec.frame_shape),
@@ -1433,10 +1548,12 @@ def test():
   if description:
     _take_flags(description)
     game = _choose_game(description['num_actions'])
+    popart_levels = checkpoints.popart_levels(description)
   else:  # A checkpoint of an older version, or copied without it.
     game = _choose_game()
+    popart_levels = None
   with _new_graph(), stop_signals() as signals:
-    agent = _new_agent(game)
+    agent = _new_agent(game, popart_levels)
     # Round after round through the levels.
     count = FLAGS.test_num_episodes * len(game.names)
     seeds = [
@@ -1585,6 +1702,12 @@ def _check_flags():
     if FLAGS.task != -1:
       raise UserError('--task is for training: a test runs on one machine.')
     return
+  if FLAGS.replay_proportion and not 0 < _num_replayed() < FLAGS.batch_size:
+    raise UserError(
+      f'--replay_proportion={FLAGS.replay_proportion} of --batch_size='
+      f'{FLAGS.batch_size} unrolls is {_num_replayed()}: at least one has to '
+      'be replayed, and one fresh.'
+    )
   if os.environ.get('TF_CONFIG'):
     _take_tf_config(os.environ['TF_CONFIG'])
   if FLAGS.task == -1 and (
@@ -1655,6 +1778,12 @@ def _check_learners():
     raise UserError(
       f'--batch_size={FLAGS.batch_size} can not be split evenly between '
       f'{count} learners: give a multiple of {count}.'
+    )
+  if _num_replayed() % count:
+    raise UserError(
+      f'--replay_proportion={FLAGS.replay_proportion}: {_num_replayed()} of '
+      f'{FLAGS.batch_size} unrolls of a batch can not be split evenly between '
+      f'{count} learners: give another one.'
     )
 
 

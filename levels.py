@@ -103,6 +103,16 @@ def _full_name(name):
   return name
 
 
+def training_names(names):
+  """Returns the names of levels in training; in a test, suites have others."""
+  trained = {
+    test: train
+    for suite in SUITES.values()
+    for train, test in suite.module.LEVEL_MAPPING.items()
+  }
+  return [trained.get(name, name) for name in names]
+
+
 def reference_scores(names):
   """Returns a dict from levels of suites to their (human, random) returns."""
   references = {}

@@ -25,6 +25,7 @@ class Player:
 
   `action_set` has what its actions mean to the environments of the training, as
   JSON has it in the log folder; `environment_action` looks it up.
+  `popart_levels` are the names of the levels that have a baseline of their own.
   """
 
   def __init__(self, path, seed=None):
@@ -42,6 +43,7 @@ class Player:
     self.frame_shape = tuple(description['frame_shape'])
     self.action_set = description['action_set']
     self._action_set = action_sets.from_json(description)
+    self.popart_levels = checkpoints.popart_levels(description)
     with tf.Graph().as_default():
       tf.set_random_seed(seed)
       agent = Agent(
@@ -49,6 +51,7 @@ class Player:
         description['torso'],
         core=description['flags']['core'],
         normalize_frames=description['flags']['normalize_frames'],
+        popart_levels=self.popart_levels,
       )
       self._build(agent)
       self._session = tf.Session()
@@ -83,7 +86,8 @@ class Player:
     Returns:
       `AgentOutput`: int, which of the actions; float32 [num_actions]; float.
       If an action is made of several: a list of ints, and float32 [num_heads,
-      the most actions of a head].
+      the most actions of a head]. With several `popart_levels`, the baseline is
+      float32 [num_levels].
 
     Raises:
       ValueError: the arguments are not as above.
@@ -106,9 +110,10 @@ class Player:
       *self._state,
     )
     self._action = output.action[0].tolist()
-    return AgentOutput(
-      self._action, output.policy_logits[0], float(output.baseline[0])
-    )
+    baseline = output.baseline[0]
+    if baseline.size == 1:
+      baseline = baseline.item()
+    return AgentOutput(self._action, output.policy_logits[0], baseline)
 
   def environment_action(self, action):
     """Returns what the `step` of the training's environments takes.

@@ -30,7 +30,7 @@ class NestQueue:
     Sessions on one server share the queues of the same name.
     """
     flat = tf.nest.flatten(like)
-    self._like = like
+    self.like = like
     self.queue = tf.FIFOQueue(
       capacity,
       [t.dtype for t in flat],
@@ -42,7 +42,7 @@ class NestQueue:
   def placeholders(self):
     """Returns a nest to feed and enqueue."""
     return tf.nest.map_structure(
-      lambda t: tf.placeholder(t.dtype, t.shape), self._like
+      lambda t: tf.placeholder(t.dtype, t.shape), self.like
     )
 
   def enqueue(self, nest):
@@ -56,7 +56,7 @@ class NestQueue:
 
   def _pack(self, flat):
     return tf.nest.pack_sequence_as(
-      self._like, flat if isinstance(flat, list) else [flat]
+      self.like, flat if isinstance(flat, list) else [flat]
     )
 
 
@@ -74,19 +74,23 @@ def build_queue(unroll):
     return NestQueue(1, unroll, 'unrolls')
 
 
-def build_staging(queue, batch_size, name):
+def build_staging(queue, num_fresh, name, replay=None):
   """Assembles the next batch while the learner works on the last one.
 
   Args:
     queue: `NestQueue` of unrolls.
-    batch_size: int, unrolls of a batch.
+    num_fresh: int, unrolls of a batch that are taken from the queue.
     name: of the queue of batches.
+    replay: `replay.Replay` that adds others to them, or None.
 
   Returns:
-    A nest of `Unroll`, its outputs time-major: [T + 1, B, ...]; the seconds
-    that the learner waited for it; and the op that ends such a wait.
+    A nest of `Unroll`, its outputs time-major: [T + 1, B, ...], the fresh ones
+    first; the seconds that the learner waited for it; and the op that ends such
+    a wait.
   """
-  batch = queue.dequeue_many(batch_size)
+  batch = queue.dequeue_many(num_fresh)
+  if replay:
+    batch = replay.mix(batch)
   actor_output = batch.actor_output
   env_outputs, agent_outputs = tf.nest.map_structure(
     _swap_leading_dims, (actor_output.env_outputs, actor_output.agent_outputs)

@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 import convolution
 import environments
 import experiment
+import popart
 import py_process
 import unrolls
 import vtrace
@@ -481,6 +482,73 @@ def test_learner_updates_the_statistics_of_frames(learner_batch):
 
 
 @flagsaver.flagsaver(
+  batch_size=3,
+  unroll_length=5,
+  reward_clipping='none',
+  discounting=0.9,
+  baseline_cost=0.5,
+  entropy_cost=0.1,
+)
+def test_popart_divides_losses_by_the_deviations_of_their_levels(
+  learner_batch, monkeypatch
+):
+  env, behaviour = learner_batch
+  env = env._replace(reward=env.reward / 10)  # None is clipped by hand.
+  means, variances = np.array([0.3, -2]), np.array([4, 25])
+  # So large that the moments move to where the targets are.
+  monkeypatch.setattr(popart.NormalizedBaseline, '_STEP_SIZE', 0.5)
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', popart_levels=['a', 'b'])
+    state = agent.initial_state(3)
+    names = tf.constant(['a', 'b', 'a'])
+    target, _ = agent.unroll(
+      tf.constant(behaviour.action), constants(env), state
+    )
+    target = agent.at_level(target, names)
+    learner = experiment.build_learner(
+      agent, state, constants(env), constants(behaviour), names
+    )
+    moments = [
+      next(v for v in agent.variables if f'popart/{name}' in v.name)
+      for name in ('mean', 'variance')
+    ]
+    begin = [moments[0].assign(means), moments[1].assign(variances)]
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      session.run(begin)
+      target = session.run(target)
+      output = session.run(learner)
+      mean, variance = session.run(moments)
+  expected = np.zeros(3)
+  second_moments = variances + means**2
+  vs = vtrace_by_hand(target, behaviour, env, rho_bar=1, lambda_=1)
+  for b, level in enumerate([0, 1, 0]):
+    losses = numpy_losses(
+      *tf.nest.map_structure(
+        lambda x, b=b: x[:, b : b + 1],
+        (target.policy_logits, target.baseline, behaviour, env),
+      ),
+      0.9,
+    )
+    deviation = np.sqrt(variances[level])
+    expected += losses / np.array([deviation, deviation**2, 1])
+    counted = vs[~env.truncated[1:, b], b]
+    means[level] += 0.5 * (counted.mean() - means[level])
+    second_moments[level] += 0.5 * (np.mean(counted**2) - second_moments[level])
+  np.testing.assert_allclose(
+    [output.policy_gradient_loss, output.baseline_loss],
+    expected[:2],
+    rtol=1e-3,
+  )
+  np.testing.assert_allclose(
+    output.total_loss, expected @ [1, 0.5, -0.1], rtol=1e-3
+  )
+  np.testing.assert_allclose(mean, means, rtol=1e-3)
+  np.testing.assert_allclose(variance, second_moments - means**2, rtol=1e-3)
+
+
+@flagsaver.flagsaver(
   batch_size=8,
   unroll_length=5,
   learning_rate=0.002,
@@ -573,7 +641,7 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
     tensors = [constants(unroll) for unroll in pair]
     queue = unrolls.build_queue(tensors[0])
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
-    (batch, _), update = (
+    (batch, _, _), (update, _) = (
       unrolls.build_staging(queue, 2, 'staged'),
       experiment.build_training(agent, [queue]),
     )
@@ -607,6 +675,56 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
   assert result.policy_lag == 1.0
   assert result.learner.global_step == 40
   assert result.info.episode_return.shape == (5, 2)
+
+
+@flagsaver.flagsaver(
+  batch_size=5,
+  replay_proportion=0.6,
+  replay_size=4,
+  unroll_length=5,
+  num_action_repeats=1,
+)
+def test_replayed_unrolls_are_learned_from_but_not_counted(capsys):
+  values = (10, 40), (70, 100), (130, 160)
+  with tf.Graph().as_default():
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', normalize_frames=True)
+    tf.set_random_seed(1)
+    # Each was begun at the frames that the learner has when it takes it.
+    tensors = [
+      constants(unroll_of(value, 10 * update))
+      for update, pair in enumerate(values)
+      for value in pair
+    ]
+    queue = unrolls.build_queue(tensors[0])
+    enqueue = [queue.enqueue(tensor) for tensor in tensors]
+    update, _ = experiment.build_training(agent, [queue])
+    mean = next(v for v in agent.variables if 'statistics/mean' in v.name)
+    with tf.Session() as session:
+      session.run(
+        [tf.global_variables_initializer(), tf.local_variables_initializer()]
+      )
+      coord = tf.train.Coordinator()
+      threads = tf.train.start_queue_runners(session, coord)
+      results = []
+      for pair in range(3):
+        for op in enqueue[2 * pair : 2 * pair + 2]:
+          session.run(op)
+        results.append(session.run(update))
+      mean = session.run(mean)
+      coord.request_stop()
+      session.run(queue.queue.close(cancel_pending_enqueues=True))
+      coord.join(threads, stop_grace_period_secs=10)
+  assert 'Replay: 3 of each batch of unrolls' in capsys.readouterr().out
+  for number, result in enumerate(results):
+    assert [name.decode() for name in result.level_name] == [
+      f'level {value}' for value in values[number]
+    ]
+    assert result.game_over.shape == result.info.episode_step.shape == (5, 2)
+    assert result.learner.global_step == 10 * (number + 1)
+    assert result.policy_lag == 0
+  # In the statistics is step 1 of each unroll alone, which is one brighter.
+  np.testing.assert_allclose(mean, np.mean(values) + 1, rtol=1e-5)
 
 
 @flagsaver.flagsaver(batch_size=1, unroll_length=5)
@@ -676,6 +794,7 @@ def test_loss_that_is_not_finite_changes_nothing(learner_batch):
 @pytest.mark.parametrize(
   ('clipping', 'expected'),
   [
+    ('none', [-10, -0.5, 0, 0.5, 10]),
     ('abs_one', [-1, -0.5, 0, 0.5, 1]),
     (
       'soft_asymmetric',

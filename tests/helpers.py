@@ -38,10 +38,17 @@ class Program:
   """A run of experiment.py, whose lines can be waited for."""
 
   def __init__(
-    self, *flags, root=ROOT, path=TESTS, prefix=(), cwd=None, env=()
+    self,
+    *flags,
+    root=ROOT,
+    script='experiment.py',
+    path=TESTS,
+    prefix=(),
+    cwd=None,
+    env=(),
   ):
     self.process = subprocess.Popen(
-      [*prefix, sys.executable, os.path.join(root, 'experiment.py'), *flags],
+      [*prefix, sys.executable, os.path.join(root, script), *flags],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
@@ -213,12 +220,19 @@ def run_graph(fetches, feed_dict=None):
     return session.run(fetches, feed_dict)
 
 
-def save_agent(logdir, num_actions=3, frame_shape=(4, 6, 1), step=40):
+def save_agent(
+  logdir, num_actions=3, frame_shape=(4, 6, 1), step=40, popart_levels=()
+):
   """Saves a shallow agent with random weights; returns the checkpoint."""
   with tf.Graph().as_default():
     tf.set_random_seed(5)
     global_step = tf.train.get_or_create_global_step()
-    agent = Agent(num_actions, 'shallow', normalize_frames=True)
+    agent = Agent(
+      num_actions,
+      'shallow',
+      normalize_frames=True,
+      popart_levels=popart_levels,
+    )
     inputs = environments.StepOutput(
       tf.zeros([1]),
       (),

@@ -14,6 +14,7 @@ _ALLOWED = {
   'dynamic_batching': {'native', 'private_apis'},
   'py_process': {'native'},
   'convolution': {'native'},
+  'popart': set(),
   'native': set(),
   'private_apis': set(),
   'scores': set(),
@@ -23,7 +24,7 @@ _ALLOWED = {
   'action_sets': set(),
   'environments': {'action_sets', 'gym_kinds', 'native', 'py_process'},
   'gym_kinds': set(),
-  'agent': {'convolution', 'native', 'private_apis'},
+  'agent': {'convolution', 'native', 'popart', 'private_apis'},
 }
 _LICENSE = 'Licensed under the Apache License, Version 2.0; see LICENSE.'
 

@@ -23,15 +23,26 @@ from player import Player
 
 
 def save_trained_agent(
-  logdir, num_actions=3, frame_shape=(4, 6, 1), action_set=None
+  logdir,
+  num_actions=3,
+  frame_shape=(4, 6, 1),
+  action_set=None,
+  popart_levels=(),
 ):
   """Saves an agent as a training does; returns the checkpoint."""
-  checkpoint = save_agent(logdir, num_actions, frame_shape)
+  checkpoint = save_agent(
+    logdir, num_actions, frame_shape, popart_levels=popart_levels
+  )
   if action_set is None:
     action_set = np.arange(num_actions)
   spec = environments.EnvironmentSpec(action_set, frame_shape)
   checkpoints.save_description(
-    str(logdir), spec, 'shallow', {'normalize_frames': True}, {}
+    str(logdir),
+    spec,
+    'shallow',
+    {'normalize_frames': True, 'popart': bool(popart_levels)},
+    {},
+    popart_levels,
   )
   return checkpoint
 
@@ -117,6 +128,21 @@ def test_agent_of_before_there_were_heads_plays(tmp_path):
   with Player(str(tmp_path)) as player:
     action = player.step(np.zeros((4, 6, 1), np.uint8)).action
     assert player.environment_action(action) == player.action_set[action]
+
+
+@pytest.mark.parametrize('levels', [['one'], ['one', 'two']])
+def test_player_has_a_value_for_each_level_of_popart(levels, tmp_path):
+  checkpoint = save_trained_agent(tmp_path, popart_levels=levels)
+  weights = tf.train.load_variable(checkpoint, 'agent/popart/normalized/w')
+  assert weights.shape == (256, len(levels))
+  with Player(str(tmp_path)) as player:
+    assert player.popart_levels == levels
+    baseline = player.step(np.zeros((4, 6), np.uint8)).baseline
+  if len(levels) == 1:
+    assert isinstance(baseline, float)
+  else:
+    assert baseline.shape == (2,)
+    assert baseline[0] != baseline[1]
 
 
 # A program of somebody else's, with flags of its own. It says what differs

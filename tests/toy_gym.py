@@ -193,6 +193,40 @@ class Composed(Toy):
       raise ValueError(f'{action!r} has another type than {sample!r}.')
 
 
+class Bandit(gym.Env):
+  """Shows one of three numbers; the right answer is the number plus a shift.
+
+  The first row of the frame tells the shift as well.
+  """
+
+  def __init__(self, reward, shift):
+    self.observation_space = _image(HEIGHT, WIDTH)
+    self.action_space = spaces.Discrete(3)
+    self._reward = reward
+    self._shift = shift
+
+  def reset(self, *, seed=None, options=None):
+    super().reset(seed=seed)
+    self._num_steps = 0
+    return self._observation(), {}
+
+  def step(self, action):
+    is_right = action == (self._number + self._shift) % 3
+    self._num_steps += 1
+    ends = self._num_steps == 10
+    return self._observation(), is_right * self._reward, ends, False, {}
+
+  def _observation(self):
+    self._number = self.np_random.integers(3)
+    frame = np.zeros((HEIGHT, WIDTH), np.uint8)
+    frame[0] = 255 * self._shift
+    frame[1:, 2 * self._number : 2 * self._number + 2] = 255
+    return frame
+
+
+for _name in ('Small', 'SmallTest'):
+  gym.register(f'{_name}-v0', Bandit, kwargs={'reward': 1, 'shift': 1})
+gym.register('Large-v0', Bandit, kwargs={'reward': 1000, 'shift': 0})
 gym.register('Thirds-v0', Thirds)
 gym.register('Sixths-v0', Sixths)
 for _layout in LAYOUTS:

@@ -402,6 +402,22 @@ def test_optimizer_and_learning_rate_go_on(tmp_path):
   assert after.min() < 0.1
 
 
+def test_replayed_frames_and_episodes_are_not_counted(tmp_path):
+  logdir = str(tmp_path / 'log')
+  code, output = run(
+    *TOY,
+    *(f'--logdir={logdir}', '--total_environment_frames=300'),
+    *('--replay_proportion=0.5', '--replay_size=50'),
+  )
+  assert code == 0, output
+  assert 'Replay: 1 of each batch of unrolls' in output
+  # An unroll has 5 frames, an episode 10: of two actors, one each is under way.
+  assert '300 of 300 frames, in this run by 60 updates' in output
+  assert checkpoint_step(logdir) == 300
+  episodes = plot.read_scalars(logdir)['gym:toy_gym:Grey-v0/episode_return']
+  assert 28 <= len(episodes) <= 30
+
+
 def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
   logdir = tmp_path / 'log'
   frames = ['--total_environment_frames=40']
@@ -411,6 +427,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--level_name=gym:ALE/Pong-v5', 'here it is [4, 6, 4]'),
     ('--torso=deep', '--torso is deep, but the agent'),
     ('--core=none', '--core is none, but the agent'),
+    ('--popart', '--popart is True, but the agent'),
     ('--height=40', '--height is 40, but the agent'),
     # The same variables, but they have learned what this changes.
     ('--num_action_repeats=4', '--num_action_repeats is 4, but the agent'),
@@ -430,6 +447,9 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
     ('--unroll_length=0', 'unroll_length'),
     ('--torso=wide', 'torso'),
     ('--discounting=1.5', 'discounting'),
+    ('--replay_proportion=0.2', 'of --batch_size=2 unrolls is 0'),
+    ('--replay_proportion=0.5 --replay_size=10000000000', 'give a smaller'),
+    ('--popart --reward_clipping=abs_one', 'add --reward_clipping=none'),
     ('--num_actor=3', 'num_actor'),
     ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
     ('--level_name=gym:CartPole-v1', 'image'),
@@ -447,7 +467,7 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
 )
 def test_impossible_flag_gets_one_sentence(tmp_path, flag, message):
   logdir = tmp_path / 'log'
-  code, output = run(*TOY, f'--logdir={logdir}', flag)
+  code, output = run(*TOY, f'--logdir={logdir}', *flag.split())
   assert code == 2, output
   assert message in output
   assert len(output.splitlines()) <= 2, output
