@@ -111,7 +111,7 @@ class Cluster:
     """Decides which learner has which variable; they have about equal shares.
 
     Args:
-      variables: list of `tf.Variable`, in any graph. Others are on learner 0.
+      variables: list of `tf.Variable`, in any graph.
     """
     loads = [0] * len(self.learners)
     for variable in sorted(variables, key=lambda v: (-_size(v), v.op.name)):
@@ -122,13 +122,13 @@ class Cluster:
   def learner_device(self, task=0):
     """Returns the device function of what a learner computes.
 
-    Variables are where `place_variables` has put them.
+    Variables are where `place_variables` has put them, others on this learner.
     """
     return tf.train.replica_device_setter(
       ps_tasks=len(self.learners),
       ps_device='/job:learner',
       worker_device=f'/job:learner/task:{task}',
-      ps_strategy=lambda op: self._places.get(op.name, 0),
+      ps_strategy=lambda op: self._places.get(op.name, task),
     )
 
   def actor_device(self):

@@ -9,7 +9,9 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 from unittest import mock
 
 import pytest
@@ -22,6 +24,8 @@ import socket_filter
 from errors import UserError
 from experiment import tf
 from helpers import (
+  ROOT,
+  TESTS,
   TOY,
   Program,
   alive,
@@ -276,6 +280,106 @@ def test_learners_are_killed_and_come_back(tmp_path):
       assert program.finish() == 0, program.output
       assert 'Traceback' not in program.output
   assert checkpoint_step(tmp_path) == step + 2000
+
+
+def test_slow_environment_does_not_stop_its_neighbour(tmp_path):
+  slow = tmp_path / 'slow'
+  with Tasks(tmp_path / 'log') as tasks:
+    tasks.learner('--level_name=gym:toy_gym:Slow-v0')
+    tasks.actor(
+      0,
+      '--level_name=gym:toy_gym:Slow-v0',
+      '--environments_per_actor=2',
+      env={'SLOW': str(slow)},
+    )
+    wait_until((tmp_path / 'slow.begun').exists)
+    begin = time.monotonic()
+    for _ in range(3):
+      tasks.wait_for_training()
+    # Else it says nothing of what happens while one is slow.
+    assert time.monotonic() - begin < 20
+
+
+# A chief that learns nothing: its parameters are set, first at random and then
+# to others, and the policies of what is played are computed again from them.
+_CHIEF = """
+import sys
+import numpy as np
+import cluster, experiment, unrolls
+from experiment import FLAGS, tf
+
+FLAGS(sys.argv)
+experiment._check_flags()
+game, tasks = experiment._choose_game(), experiment._cluster()
+variables, unroll = experiment._actor_specs(game)
+tasks.place_variables(variables)
+assert {tasks._places[v.op.name] for v in variables} == {0, 1}
+with experiment._new_graph(tasks.learner_device()):
+  devices = [tasks.learner_device(k) for k in range(2)]
+  queues = [experiment._build_learner_queue(unroll, d) for d in devices]
+  agent = experiment._new_agent(game)
+  played = queues[int(sys.argv[1])].dequeue()
+  outputs = played.actor_output
+  inputs = tf.nest.map_structure(
+    lambda t: t[:, tf.newaxis],
+    (outputs.agent_outputs.action, outputs.env_outputs))
+  state = tf.nest.map_structure(lambda t: t[tf.newaxis], outputs.agent_state)
+  again, _ = agent.unroll(*inputs, state)
+  step = tf.train.get_global_step()
+  registry = cluster.ActorRegistry(
+    cluster.SharedState(devices[0]), experiment._task_requirements(game), 1,
+    devices)
+  config = experiment._session_config(1)
+  tasks.start_server(config)
+  assert cluster.wait_for_learners(tasks, [])
+  target, config = tasks.session(config)
+  with tf.train.MonitoredSession(
+      tf.train.ChiefSessionCreator(master=target, config=config),
+      hooks=[registry]):
+    session = registry.session
+    for version in (0, 7):
+      if version:
+        random = np.random.default_rng(version)
+        for variable in agent.trainable_variables:
+          value = 0.1 * random.normal(size=variable.shape)
+          variable.load(value.astype(np.float32), session)
+        session.run(step.assign(version))
+      count = 0
+      while count < 5:
+        new, theirs, ours = session.run(
+          [played.global_step, outputs.agent_outputs.policy_logits,
+           again.policy_logits])
+        if new == version:
+          # What they have at the next entry was computed from this one.
+          np.testing.assert_allclose(
+            ours[:-1, 0], theirs[1:], rtol=1e-3, atol=1e-4)
+          count += 1
+      assert np.ptp(theirs) > 0
+    registry.close()
+  registry.end_learners(tasks, experiment._session_config(1))
+print('as computed again')
+"""
+
+
+@pytest.mark.parametrize('task', [0, 1])
+def test_actors_act_with_the_learners_parameters(tmp_path, task):
+  """Those of the version that the unroll names, from both learners."""
+  with Tasks(tmp_path, num_learners=2) as tasks:
+    other, actor = tasks.learner(task=1), tasks.actor(task)
+    chief = subprocess.run(
+      [
+        *(sys.executable, '-c', _CHIEF, str(task), *TOY),
+        *('--job_name=learner', '--task=0', f'--logdir={tmp_path}'),
+        f'--learner_addresses={",".join(tasks.addresses)}',
+      ],
+      env={**os.environ, 'PYTHONPATH': f'{ROOT}:{TESTS}'},
+      capture_output=True,
+      text=True,
+      timeout=180,
+    )
+    assert 'as computed again' in chief.stdout, chief.stderr
+    assert actor.finish() == 0, actor.output
+    assert other.finish() == 0, other.output
 
 
 class Proxy:

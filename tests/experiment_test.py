@@ -22,6 +22,7 @@ from actors import create_processes
 from agent import Agent, AgentOutput
 from experiment import tf
 from helpers import FRAME, NUM_ACTIONS, constants, env_outputs, run_graph
+from learner import clip_rewards
 
 FLAGS = flags.FLAGS
 if not FLAGS.is_parsed():
@@ -643,7 +644,7 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
     (batch, _, _), (update, _) = (
       unrolls.build_staging(queue, 2, 'staged'),
-      experiment.build_training(agent, [queue]),
+      experiment._learner().build_training(agent, [queue]),
     )
     with tf.Session() as session:
       session.run(tf.global_variables_initializer())
@@ -698,7 +699,7 @@ def test_replayed_unrolls_are_learned_from_but_not_counted(capsys):
     ]
     queue = unrolls.build_queue(tensors[0])
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
-    update, _ = experiment.build_training(agent, [queue])
+    update, _ = experiment._learner().build_training(agent, [queue])
     mean = next(v for v in agent.variables if 'statistics/mean' in v.name)
     with tf.Session() as session:
       session.run(
@@ -725,6 +726,68 @@ def test_replayed_unrolls_are_learned_from_but_not_counted(capsys):
     assert result.policy_lag == 0
   # In the statistics is step 1 of each unroll alone, which is one brighter.
   np.testing.assert_allclose(mean, np.mean(values) + 1, rtol=1e-5)
+
+
+def train_with(num_learners):
+  """Returns the variables after 3 updates by learners, on a CPU each.
+
+  The unrolls are the same, and so is the order in which they come.
+  """
+  pairs = [(unroll_of(40 * i, 0), unroll_of(40 * i + 20, 0)) for i in range(3)]
+  with tf.Graph().as_default():
+    tf.set_random_seed(3)
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', normalize_frames=True)
+    devices = [f'/cpu:{k}' for k in range(num_learners)]
+    queues = []
+    for k, device in enumerate(devices):
+      with tf.device(device):
+        queues.append(unrolls.NestQueue(6, constants(pairs[0][0]), f'q{k}'))
+    enqueue = [
+      queues[i % num_learners].enqueue(constants(unroll))
+      for pair in pairs
+      for i, unroll in enumerate(pair)
+    ]
+    update, end_waits = experiment._learner().build_training(
+      agent, queues, devices
+    )
+    config = tf.ConfigProto(device_count={'CPU': 2}, allow_soft_placement=True)
+    with tf.Session(config=config) as session:
+      session.run(tf.global_variables_initializer())
+      for op in enqueue:
+        session.run(op)
+      coord = tf.train.Coordinator()
+      threads = tf.train.start_queue_runners(session, coord)
+      results = [session.run(update) for _ in range(3)]
+      values = session.run({v.name: v for v in tf.global_variables()})
+      coord.request_stop()
+      session.run([end_waits, *(queue.queue.close() for queue in queues)])
+      coord.join(threads, stop_grace_period_secs=10)
+  return values, results
+
+
+@flagsaver.flagsaver(
+  batch_size=2,
+  unroll_length=5,
+  num_action_repeats=1,
+  learning_rate=0.01,
+  max_gradient_norm=1.0,
+)
+def test_two_learners_make_the_update_of_one():
+  """With RMSProp's slots, statistics of frames and global step."""
+  (one, (first, *_)), (two, (other, *_)) = train_with(1), train_with(2)
+  assert one.keys() == two.keys()
+  assert any('RMSProp' in name for name in one)
+  assert one['global_step:0'] == two['global_step:0'] == 30
+  for name, value in one.items():
+    np.testing.assert_allclose(
+      two[name], value, rtol=2e-3, atol=1e-5, err_msg=name
+    )
+  np.testing.assert_allclose(
+    other.learner.total_loss, first.learner.total_loss, rtol=1e-5
+  )
+  assert list(other.level_name) == list(first.level_name)
+  assert other.queue_size.shape == other.wait_seconds.shape == (2,)
 
 
 @flagsaver.flagsaver(batch_size=1, unroll_length=5)
@@ -811,7 +874,7 @@ def test_loss_that_is_not_finite_changes_nothing(learner_batch):
 def test_reward_clipping(clipping, expected):
   with flagsaver.flagsaver(reward_clipping=clipping), tf.Graph().as_default():
     rewards = tf.constant([-10.0, -0.5, 0.0, 0.5, 10.0])
-    clipped = run_graph(experiment._clip_rewards(rewards))
+    clipped = run_graph(clip_rewards(rewards, FLAGS.reward_clipping))
   np.testing.assert_allclose(clipped, expected, rtol=1e-5)
 
 

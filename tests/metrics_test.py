@@ -12,7 +12,7 @@ import tensorflow.compat.v1 as tf
 import levels
 from actors import ActorStatistics
 from environments import StepOutputInfo
-from experiment import LearnerOutput, Update
+from learner import LearnerOutput, Update
 from metrics import Metrics
 
 

@@ -6,9 +6,11 @@ of the episode, a random number and the last action. A step's reward is 10 times
 its number plus the action.
 """
 
+import contextlib
 import fractions
 import os
 import signal
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -262,6 +264,21 @@ class Lengths(gym.Env):
     return self.np_random.integers(256, size=(HEIGHT, WIDTH), dtype=np.uint8)
 
 
+class Slow(Toy):
+  """Takes long to begin an episode after its first, in one of two processes."""
+
+  def reset(self, *, seed=None, options=None):
+    # Whose process makes the folder is the slow one.
+    if self._episode == 0:
+      with contextlib.suppress(FileExistsError):
+        os.mkdir(os.environ['SLOW'])
+        self._is_slow = True
+    elif getattr(self, '_is_slow', False):
+      os.rename(os.environ['SLOW'], os.environ['SLOW'] + '.begun')
+      time.sleep(20)
+    return super().reset(seed=seed, options=options)
+
+
 class Dies(Toy):
   """Kills its process in some of the episodes."""
 
@@ -334,4 +351,5 @@ gym.register('Rewarding-v0', Rewarding)
 gym.register('Typed-v0', Typed)
 gym.register('Secretive-v0', Secretive)
 gym.register('Lengths-v0', Lengths)
+gym.register('Slow-v0', Slow, kwargs={'layout': 'Grey'})
 gym.register('Dies-v0', Dies, kwargs={'layout': 'Grey'})
