@@ -56,16 +56,12 @@ per episode that was cut off, which counts as frames of the training.
 """
 
 import collections
-import contextlib
 import importlib
 import importlib.util
 import json
-import logging
 import os
-import shutil
 import sys
 import tempfile
-import uuid
 import warnings
 
 import numpy as np
@@ -73,6 +69,7 @@ import numpy as np
 import action_sets
 import gym_kinds
 import py_process
+from dmlab_maps import LocalLevelCache
 
 # What an environment says of itself in the graph, one entry per agent step or,
 # where `truncated`, for a reset after an episode was cut off: see above. Where
@@ -102,6 +99,15 @@ EnvironmentSpec = collections.namedtuple(
   defaults=[(0, 3)],  # A fourth would be the opacity.
 )
 
+# What the program's user chose for DeepMind Lab.
+DmLabSettings = collections.namedtuple(
+  'DmLabSettings',
+  [
+    'level_cache_bytes',  # Of all compiled maps at most; None for no bound.
+  ],
+  defaults=[None],
+)
+
 # What the program's user chose for all environments.
 Settings = collections.namedtuple(
   'Settings',
@@ -113,8 +119,9 @@ Settings = collections.namedtuple(
     'level_cache_dir',  # Folder for DeepMind Lab's compiled maps.
     'is_test',  # Whether a single episode is played for evaluation.
     'full_action_set',  # Whether Atari games have all 18 actions.
+    'dmlab',  # `DmLabSettings`.
   ],
-  defaults=[False],
+  defaults=[False, DmLabSettings()],
 )
 
 
@@ -199,41 +206,6 @@ _LEVELS_WITH_DATA = (
   'psychlab_arbitrary_visuomotor_mapping',
   'psychlab_continuous_recognition',
 )
-
-
-class LocalLevelCache:
-  """Keeps DeepMind Lab's compiled maps in a folder that processes share.
-
-  Compiling one takes 4-30 s, fetching it half a second.
-  """
-
-  def __init__(self, cache_dir):
-    self._cache_dir = cache_dir
-
-  def fetch(self, key, pk3_path):
-    """Copies the map `key` to the file `pk3_path`; returns whether it could."""
-    try:
-      shutil.copyfile(os.path.join(self._cache_dir, key), pk3_path)
-    except OSError:
-      return False
-    return True
-
-  def write(self, key, pk3_path):
-    """Stores the file `pk3_path` as the map `key`."""
-    path = os.path.join(self._cache_dir, key)
-    if os.path.exists(path):
-      return
-    # Another process may read or write the same key: it must see all or nothing
-    # of the file, and a full disk must not end the training.
-    temporary = f'{path}.{uuid.uuid4().hex}'
-    try:
-      os.makedirs(self._cache_dir, exist_ok=True)
-      shutil.copyfile(pk3_path, temporary)
-      os.replace(temporary, path)
-    except OSError as error:
-      logging.getLogger(__name__).warning('Map not cached: %s', error)
-      with contextlib.suppress(OSError):
-        os.unlink(temporary)
 
 
 class PyProcessDmLab:
@@ -373,7 +345,10 @@ class PyProcessDmLab:
       config,
       settings.num_action_repeats,
       seed,
-      level_cache=LocalLevelCache(os.path.abspath(settings.level_cache_dir)),
+      level_cache=LocalLevelCache(
+        os.path.abspath(settings.level_cache_dir),
+        settings.dmlab.level_cache_bytes,
+      ),
       is_test=settings.is_test,
     )
 

@@ -227,6 +227,13 @@ flags.DEFINE_string(
   '~/.cache/impala/dmlab_maps',
   "Folder for DeepMind Lab's compiled maps, shared by all its processes.",
 )
+flags.DEFINE_float(
+  'level_cache_size_gb',
+  10,
+  'GB that the maps in --level_cache_dir take at most: those that were used '
+  'least recently are removed first. 0 is no bound.',
+  lower_bound=0,
+)
 flags.DEFINE_integer(
   'max_environment_restarts',
   10,
@@ -391,6 +398,7 @@ _UPKEEP_FLAGS = (
   'dataset_path',
   'environment_timeout_secs',
   'level_cache_dir',
+  'level_cache_size_gb',
   'max_environment_restarts',
   'save_checkpoint_secs',
   'test_num_episodes',
@@ -895,8 +903,15 @@ def _choose_game(num_actions=None):
     is_test=FLAGS.mode == 'test',
     # One agent plays all levels, and so plays each alone in the same way.
     full_action_set=suite or num_actions == _NUM_ATARI_ACTIONS,
+    dmlab=_dmlab_settings(),
   )
   return levels.choose_game(FLAGS.level_name, settings)
+
+
+def _dmlab_settings():
+  return environments.DmLabSettings(
+    level_cache_bytes=int(FLAGS.level_cache_size_gb * 1e9) or None,
+  )
 
 
 @contextlib.contextmanager

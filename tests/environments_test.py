@@ -6,10 +6,8 @@ import functools
 import glob
 import importlib.util
 import json
-import logging
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -279,8 +277,10 @@ def test_dmlab_compiles_a_map_once_for_all(lab, seeds, tmp_path):
   for _ in range(2):
     _play_episodes(_dmlab(level, level_cache=Cache(str(tmp_path))), 1)
   assert asked == [False, False, True, True]
-  maps = {path.read_bytes() for path in tmp_path.iterdir()}
-  assert maps == {lab.map_of(level, seed) for seed in seeds}
+  maps = [path.read_bytes() for path in tmp_path.iterdir()]
+  for seed in {*seeds}:  # A digest is behind each.
+    assert sum(m.startswith(lab.map_of(level, seed)) for m in maps) == 1
+  assert len(maps) == len({*seeds}) == 2
 
 
 @needs_stand_in
@@ -416,95 +416,6 @@ def test_real_dmlab_seeds_reproduce(tmp_path):
       frames.append(process.call('initial')[0])
   np.testing.assert_array_equal(frames[0], frames[1])
   assert (frames[0] != frames[2]).any()
-
-
-# --- The cache of maps ------------------------------------------------------
-
-
-def test_cache_returns_what_was_written(tmp_path):
-  cache = environments.LocalLevelCache(str(tmp_path / 'cache'))
-  fetched = tmp_path / 'fetched'
-  assert not cache.fetch('key', str(fetched))
-  written = tmp_path / 'written'
-  written.write_bytes(b'map')
-  cache.write('key', str(written))
-  assert cache.fetch('key', str(fetched))
-  assert fetched.read_bytes() == b'map'
-  assert not cache.fetch('other', str(fetched))
-  # Whoever constructs another on the folder finds the map as well.
-  other = environments.LocalLevelCache(str(tmp_path / 'cache'))
-  assert other.fetch('key', str(fetched))
-
-
-def test_cache_never_shows_a_part_of_a_file(tmp_path):
-  # Two processes write each map, as soon as they can; two wait for it.
-  code = """
-    import os, sys, time
-    import environments
-    number, folder, go = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    cache = environments.LocalLevelCache(folder)
-    own, fetched = f'{folder}-own{number}', f'{folder}-fetched{number}'
-    with open(own, 'wb') as file:
-      file.write(bytes([number]) * 8_000_000)
-    print('ready', flush=True)
-    while not os.path.exists(go):
-      time.sleep(0.001)
-    for key in range(10):
-      if number < 2:
-        cache.write(str(key), own)
-      while not cache.fetch(str(key), fetched):
-        time.sleep(0)
-      with open(fetched, 'rb') as file:
-        data = file.read()
-      assert data.count(data[:1]) == 8_000_000, len(data)
-  """
-  folder, go = tmp_path / 'cache', tmp_path / 'go'
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', textwrap.dedent(code), str(n), folder, go],
-      stdout=subprocess.PIPE,
-      cwd=os.path.dirname(environments.__file__),
-    )
-    for n in range(4)
-  ]
-  try:
-    for process in processes:
-      assert process.stdout.readline() == b'ready\n'
-    go.touch()
-    for process in processes:
-      process.communicate(timeout=_PATIENCE)
-      assert process.returncode == 0
-  finally:
-    for process in processes:
-      process.kill()
-  # Nothing but the maps is left.
-  assert sorted(os.listdir(folder)) == sorted(map(str, range(10)))
-
-
-def test_cache_on_a_full_disk_warns(tmp_path, caplog):
-  cache = environments.LocalLevelCache(str(tmp_path / 'cache'))
-  written = tmp_path / 'written'
-  written.write_bytes(b'1234' * 100_000)
-  # No disk is full at hand, but files may be forbidden to grow.
-  old = resource.getrlimit(resource.RLIMIT_FSIZE)
-  with caplog.at_level(logging.WARNING):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
-    try:
-      cache.write('key', str(written))
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, old)
-  assert 'Map not cached' in caplog.text
-  assert os.listdir(tmp_path / 'cache') == []
-  assert not cache.fetch('key', str(tmp_path / 'fetched'))
-
-
-def test_cache_in_an_impossible_folder_warns(tmp_path, caplog):
-  (tmp_path / 'file').write_bytes(b'map')
-  cache = environments.LocalLevelCache(str(tmp_path / 'file' / 'cache'))
-  assert not cache.fetch('key', str(tmp_path / 'fetched'))
-  with caplog.at_level(logging.WARNING):
-    cache.write('key', str(tmp_path / 'file'))
-  assert 'Map not cached' in caplog.text
 
 
 # --- In the graph -----------------------------------------------------------

@@ -22,7 +22,14 @@ _ALLOWED = {
   'dmlab30': {'scores'},
   'atari57': {'scores'},
   'action_sets': set(),
-  'environments': {'action_sets', 'gym_kinds', 'native', 'py_process'},
+  'environments': {
+    'action_sets',
+    'dmlab_maps',
+    'gym_kinds',
+    'native',
+    'py_process',
+  },
+  'dmlab_maps': set(),
   'gym_kinds': set(),
   'agent': {'convolution', 'native', 'popart', 'private_apis'},
 }
