@@ -1,9 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""DeepMind Lab's compiled maps: kept, in a folder that processes share.
+"""DeepMind Lab's compiled maps: which are played, and where they are kept.
 
-Many levels make a map of their own for each episode and compile it, which takes
-up to 40 s. With the compiled map at hand, an episode begins within half a
-second.
+Many levels make a map for each episode, from its seed, and compile it, which
+takes up to 40 s. With the compiled map at hand, an episode begins within half a
+second. So the maps are kept in a folder that processes share
+(`LocalLevelCache`), and may be those of a limited number of seeds
+(`episode_seeds`).
 """
 
 import contextlib
@@ -11,10 +13,14 @@ import hashlib
 import logging
 import os
 import uuid
+import zlib
+
+import numpy as np
 
 _MAP = '.map'  # A compiled map, with its digest behind.
+_KEYS = '.keys'  # The keys of the maps with which an episode begins.
 _TEMPORARY = '.tmp'  # What is being written, or was when its process died.
-_OURS = (_MAP, _TEMPORARY)  # All that may be removed.
+_OURS = (_MAP, _KEYS, _TEMPORARY)  # All that may be removed.
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 # What removals leave of the cache's bound. A process looks at the folder again
@@ -22,6 +28,45 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 # within the bound, and none lists thousands of files for each map.
 _LEFT_FULL = 0.9
 _SHARE = 64
+
+
+# --- Seeds ------------------------------------------------------------------
+
+
+def map_seeds(level, seed, count):
+  """Returns the seeds of a level's maps, even numbers below 2**31.
+
+  More maps begin with the same ones.
+
+  Args:
+    level: name of the level, a path below game_scripts/levels.
+    seed: int, of the training.
+    count: int, how many.
+  """
+  sequence = np.random.SeedSequence([seed, zlib.crc32(level.encode())])
+  return [int(word >> 2) * 2 for word in sequence.generate_state(count)]
+
+
+def episode_seeds(seed, maps=(), is_test=False):
+  """Yields the seeds of episodes, ints in [0, 2**31), without end.
+
+  Args:
+    seed: int, from which they are drawn.
+    maps: list of the seeds that they are drawn from; if it is empty, from all,
+      as in DeepMind's release.
+    is_test: whether they are odd, so that none is in `maps`.
+  """
+  random_state = np.random.RandomState(seed)
+  while True:
+    if is_test:
+      yield 2 * int(random_state.randint(0, 2**30 - 1)) + 1
+    elif maps:
+      yield maps[random_state.randint(len(maps))]
+    else:
+      yield int(random_state.randint(0, 2**31 - 1))
+
+
+# --- The cache --------------------------------------------------------------
 
 
 class LocalLevelCache:
@@ -41,14 +86,18 @@ class LocalLevelCache:
     self._cache_dir = cache_dir
     self._max_bytes = max_bytes
     self._bytes_until_look = 0
+    self._asked = None
 
   def fetch(self, key, pk3_path):
     """Copies the map `key` to the file `pk3_path`; returns whether it could."""
+    if self._asked is not None:
+      self._asked.append(key)
     path = self._path(key)
+    content = self._read(path)
+    if content is None:
+      return False
+    compiled, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     try:
-      with open(path, 'rb') as file:
-        content = file.read()
-      compiled, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
       if hashlib.sha256(compiled).digest() != digest:
         logging.getLogger(__name__).warning(
           'The map %s is damaged: it is compiled anew.', path
@@ -69,26 +118,80 @@ class LocalLevelCache:
     path = self._path(key)
     if os.path.exists(path):
       return
-    # Another process may read or write the same key: it must see all or nothing
-    # of the file, and a full disk must not end the training.
-    temporary = f'{path}.{uuid.uuid4().hex}{_TEMPORARY}'
     try:
-      os.makedirs(self._cache_dir, exist_ok=True)
       with open(pk3_path, 'rb') as file:
         compiled = file.read()
-      with open(temporary, 'wb') as file:
-        file.write(compiled + hashlib.sha256(compiled).digest())
-      os.replace(temporary, path)
-      self._bytes_until_look -= len(compiled) + _DIGEST_BYTES
-      if self._max_bytes is not None and self._bytes_until_look <= 0:
-        self._make_room()
     except OSError as error:
-      logging.getLogger(__name__).warning('Map not cached: %s', error)
+      _warn(error)
+    else:
+      self._store(path, compiled + hashlib.sha256(compiled).digest())
+
+  @contextlib.contextmanager
+  def recording(self):
+    """Yields a list, which gets the keys that are asked for meanwhile."""
+    self._asked = []
+    try:
+      yield self._asked
+    finally:
+      self._asked = None
+
+  def note(self, name, keys):
+    """Notes with which maps the episode of a name begins."""
+    path = self._keys_path(name)
+    content = '\n'.join(keys).encode()
+    if self._read(path) == content:
       with contextlib.suppress(OSError):
-        os.unlink(temporary)
+        os.utime(path)
+    else:
+      self._store(path, content)
+
+  def noted(self, name):
+    """Returns the keys that `note` got, if their maps are all here, or None."""
+    content = self._read(self._keys_path(name))
+    if content is None:
+      return None
+    keys = content.decode(errors='replace').split()
+    is_complete = all(os.path.exists(self._path(key)) for key in keys)
+    return keys if is_complete else None
+
+  def num_bytes(self):
+    """Returns how much room the cache's files take."""
+    return sum(size for _, size, _ in self._files())
 
   def _path(self, key):
     return os.path.join(self._cache_dir, key + _MAP)
+
+  def _keys_path(self, name):
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return os.path.join(self._cache_dir, digest + _KEYS)
+
+  def _read(self, path):
+    """Returns the content of a file; None without one."""
+    try:
+      with open(path, 'rb') as file:
+        return file.read()
+    except OSError:
+      return None
+
+  def _store(self, path, content):
+    """Writes a file at once, and makes room for what comes next.
+
+    Another process may read or write the same file: it must see all or nothing
+    of it. And a full disk must not end the training.
+    """
+    temporary = f'{path}.{uuid.uuid4().hex}{_TEMPORARY}'
+    try:
+      os.makedirs(self._cache_dir, exist_ok=True)
+      with open(temporary, 'wb') as file:
+        file.write(content)
+      os.replace(temporary, path)
+      self._bytes_until_look -= len(content)
+      if self._max_bytes is not None and self._bytes_until_look <= 0:
+        self._make_room()
+    except OSError as error:
+      _warn(error)
+      with contextlib.suppress(OSError):
+        os.unlink(temporary)
 
   def _make_room(self):
     """Removes what was not used for the longest time, if there is too much.
@@ -109,10 +212,65 @@ class LocalLevelCache:
   def _files(self):
     """Returns (time, bytes, path) of each of the cache's files."""
     files = []
-    with os.scandir(self._cache_dir) as entries:
-      for entry in entries:
-        if entry.name.endswith(_OURS):
+    with contextlib.suppress(FileNotFoundError):
+      with os.scandir(self._cache_dir) as entries:
+        for entry in filter(lambda e: e.name.endswith(_OURS), entries):
           with contextlib.suppress(FileNotFoundError):
             status = entry.stat()
             files.append((status.st_mtime_ns, status.st_size, entry.path))
     return files
+
+
+def _warn(error):
+  logging.getLogger(__name__).warning('Map not cached: %s', error)
+
+
+# --- The episodes of an environment -----------------------------------------
+
+
+class Episodes:
+  """Begins the episodes of a `deepmind_lab.Lab`."""
+
+  def __init__(self, lab, name, seeds, cache=None):
+    """Takes an environment.
+
+    Args:
+      lab: `deepmind_lab.Lab`.
+      name: string, of all but the seed that the maps depend on.
+      seeds: iterator of ints, of the episodes.
+      cache: the `LocalLevelCache` of `lab` if it shall be noted which maps the
+        seeds have; None if seeds will hardly come again.
+    """
+    self._lab = lab
+    self._name = name
+    self._seeds = seeds
+    self._cache = cache
+
+  def begin(self):
+    """Begins the next episode."""
+    self._reset(next(self._seeds))
+
+  def compile(self, seed):
+    """Has the cache hold the maps with which the episode of a seed begins.
+
+    Args:
+      seed: int.
+
+    Returns:
+      The number of these maps; some levels have none to compile.
+    """
+    keys = self._cache.noted(self._full_name(seed))
+    return len(self._reset(seed) if keys is None else keys)
+
+  def _reset(self, seed):
+    """Resets to the episode of a seed; returns the keys of its first maps."""
+    if self._cache is None:
+      self._lab.reset(seed=seed)
+      return []
+    with self._cache.recording() as keys:
+      self._lab.reset(seed=seed)
+    self._cache.note(self._full_name(seed), keys)
+    return keys
+
+  def _full_name(self, seed):
+    return f'{self._name} {seed}'

@@ -69,7 +69,7 @@ import numpy as np
 import action_sets
 import gym_kinds
 import py_process
-from dmlab_maps import LocalLevelCache
+from dmlab_maps import Episodes, LocalLevelCache, episode_seeds, map_seeds
 
 # What an environment says of itself in the graph, one entry per agent step or,
 # where `truncated`, for a reset after an episode was cut off: see above. Where
@@ -104,8 +104,10 @@ DmLabSettings = collections.namedtuple(
   'DmLabSettings',
   [
     'level_cache_bytes',  # Of all compiled maps at most; None for no bound.
+    'num_maps',  # Of each level in training; 0 for any number.
+    'maps_seed',  # Int: which maps these are.
   ],
-  defaults=[None],
+  defaults=[None, 0, 0],
 )
 
 # What the program's user chose for all environments.
@@ -206,6 +208,9 @@ _LEVELS_WITH_DATA = (
   'psychlab_arbitrary_visuomotor_mapping',
   'psychlab_continuous_recognition',
 )
+_IMAGES = [f'{number:04d}.png' for number in range(1, 2401)]
+# In place of the data's folder: the levels show plain colours.
+_NO_DATA = 'dummy'
 
 
 class PyProcessDmLab:
@@ -220,6 +225,8 @@ class PyProcessDmLab:
     runfiles_path=None,
     level_cache=None,
     is_test=False,
+    num_maps=0,
+    maps_seed=0,
   ):
     """Starts DeepMind Lab.
 
@@ -231,6 +238,9 @@ class PyProcessDmLab:
       runfiles_path: folder with DeepMind Lab's files, None for its own.
       level_cache: object with `fetch` and `write`, e.g. `LocalLevelCache`.
       is_test: whether a single episode is played.
+      num_maps: of so many seeds those of the episodes are, 0 for any; it needs
+        a `LocalLevelCache`.
+      maps_seed: int, which seeds these are, together with the level.
     """
     import deepmind_lab
 
@@ -241,9 +251,9 @@ class PyProcessDmLab:
     self._num_steps = 0
     self._is_test = is_test
     self._is_over = False
-    self._random_state = np.random.RandomState(seed)
+    config = {key: str(value) for key, value in config.items()}
     options = {
-      'config': {key: str(value) for key, value in config.items()},
+      'config': config,
       'renderer': 'software',
       'temp_folder': tempfile.gettempdir(),
     }
@@ -257,11 +267,16 @@ class PyProcessDmLab:
     except ValueError:  # Some demo levels have no instruction.
       self._has_instruction = False
       self._env = deepmind_lab.Lab(level, ['RGB_INTERLEAVED'], **options)
+    self._episodes = Episodes(
+      self._env,
+      _maps_name(level, config),
+      episode_seeds(seed, map_seeds(level, maps_seed, num_maps), is_test),
+      level_cache if num_maps else None,
+    )
 
   def initial(self):
     """Starts an episode and returns its first observation."""
-    # A Python int: DeepMind Lab refuses NumPy's.
-    self._env.reset(seed=int(self._random_state.randint(0, 2**31 - 1)))
+    self._episodes.begin()
     self._num_steps = 0
     self._shown = self._observation()
     return self._shown
@@ -285,6 +300,10 @@ class PyProcessDmLab:
       self.initial()
     return reward, done, self._shown
 
+  def compile_map(self, seed):
+    """Puts the maps of an episode into the cache; returns their number."""
+    return self._episodes.compile(int(seed))
+
   def close(self):
     self._env.close()
 
@@ -296,6 +315,8 @@ class PyProcessDmLab:
   @staticmethod
   def _tensor_specs(method_name, kwargs, constructor_kwargs):
     del kwargs
+    if method_name == 'compile_map':
+      return py_process.ArraySpec((), np.int32)
     # DeepMind Lab's own size, where none is asked for, is 320x240.
     size = {'height': 240, 'width': 320, **constructor_kwargs['config']}
     frame_shape = (int(size['height']), int(size['width']), 3)
@@ -316,14 +337,8 @@ class PyProcessDmLab:
         'as the Dockerfile shows, or choose a level that runs now, e.g. '
         '--level_name=gym:VizdoomBasic-v1.'
       )
-    if os.path.basename(level) in _LEVELS_WITH_DATA and not os.path.isdir(
-      settings.dataset_path
-    ):
-      raise ValueError(
-        f'Level {level!r} needs a data set, but --dataset_path='
-        f'{settings.dataset_path!r} is not a folder: get the data as DeepMind '
-        "Lab's documentation of Psychlab says, and pass its folder."
-      )
+    if os.path.basename(level) in _LEVELS_WITH_DATA:
+      _check_dataset(level, settings.dataset_path)
     return EnvironmentSpec(
       np.array(DEFAULT_ACTION_SET, np.intc),
       (settings.height or 72, settings.width or 96, 3),
@@ -334,8 +349,11 @@ class PyProcessDmLab:
     """See the module."""
     height, width, _ = spec.frame_shape
     config = {'height': height, 'width': width, 'logLevel': 'WARN'}
-    if settings.dataset_path:
-      config['datasetPath'] = os.path.abspath(settings.dataset_path)
+    path = settings.dataset_path
+    if path:
+      config['datasetPath'] = (
+        path if path == _NO_DATA else os.path.abspath(path)
+      )
     if settings.is_test:
       config['allowHoldOutLevels'] = 'true'
       config['mixerSeed'] = _TEST_MIXER_SEED
@@ -350,7 +368,44 @@ class PyProcessDmLab:
         settings.dmlab.level_cache_bytes,
       ),
       is_test=settings.is_test,
+      num_maps=0 if settings.is_test else settings.dmlab.num_maps,
+      maps_seed=settings.dmlab.maps_seed,
     )
+
+
+def _check_dataset(level, path):
+  """Raises ValueError if the images of a level are not all in a folder.
+
+  The level would abort its process as soon as it shows one that is missing.
+  """
+  if path == _NO_DATA:
+    return
+  try:
+    missing = sorted({*_IMAGES}.difference(os.listdir(path)))
+  except OSError:
+    problem = 'is not a folder'
+  else:
+    if not missing:
+      return
+    problem = (
+      f'has not all of its images {_IMAGES[0]} to {_IMAGES[-1]}: '
+      f'{len(missing):,} are missing, the first is {missing[0]}'
+    )
+  raise ValueError(
+    f'Level {level!r} needs a data set, but --dataset_path={path!r} {problem}. '
+    "Get the data as DeepMind Lab's data/brady_konkle_oliva2008 says and give "
+    f'its folder, or --dataset_path={_NO_DATA} for plain colours in its place.'
+  )
+
+
+def _maps_name(level, config):
+  """Returns the name of all but the seed that a level's maps depend on."""
+  settings = {
+    key: value
+    for key, value in config.items()
+    if key not in ('height', 'width', 'logLevel')
+  }
+  return json.dumps([level, settings], sort_keys=True)
 
 
 # --- Gymnasium --------------------------------------------------------------

@@ -66,6 +66,7 @@ with quiet.start():
   )
   from errors import UserError, explain
   from learner_loop import SESSION_LOST, LearnerLoop, SessionLost
+  from map_compiler import MapCompiler
   from metrics import Metrics
   from player import Player
   from replay import Replay
@@ -77,7 +78,11 @@ FLAGS = flags.FLAGS
 
 # What to run, and where.
 flags.DEFINE_enum(
-  'mode', 'train', ['train', 'test'], 'Train an agent, or play with it.'
+  'mode',
+  'train',
+  ['train', 'test', 'compile_maps'],
+  'Train an agent, play with it, or compile the --dmlab_maps of each level of '
+  'DeepMind Lab before a training.',
 )
 flags.DEFINE_string(
   'logdir',
@@ -220,7 +225,10 @@ flags.DEFINE_integer(
   lower_bound=1,
 )
 flags.DEFINE_string(
-  'dataset_path', '', "Folder with the data of DeepMind Lab's psychlab levels."
+  'dataset_path',
+  '',
+  "Folder with the images 0001.png to 2400.png of DeepMind Lab's psychlab "
+  'levels; or dummy, for plain colours in their place.',
 )
 flags.DEFINE_string(
   'level_cache_dir',
@@ -232,6 +240,14 @@ flags.DEFINE_float(
   10,
   'GB that the maps in --level_cache_dir take at most: those that were used '
   'least recently are removed first. 0 is no bound.',
+  lower_bound=0,
+)
+flags.DEFINE_integer(
+  'dmlab_maps',
+  0,
+  "How many maps training plays on each of DeepMind Lab's levels, chosen by "
+  '--seed: once each was compiled, episodes begin at once. 0 is any number, a '
+  'new one for each episode. Tests play other maps.',
   lower_bound=0,
 )
 flags.DEFINE_integer(
@@ -911,6 +927,8 @@ def _choose_game(num_actions=None):
 def _dmlab_settings():
   return environments.DmLabSettings(
     level_cache_bytes=int(FLAGS.level_cache_size_gb * 1e9) or None,
+    num_maps=FLAGS.dmlab_maps,
+    maps_seed=FLAGS.seed,
   )
 
 
@@ -1676,6 +1694,41 @@ def _watch_test(loops, results, signals):
   console.close()
 
 
+# --- Maps ---------------------------------------------------------------------
+
+
+def compile_maps():
+  """Compiles the maps of a training; exits with code 1 if some are missing."""
+  if not FLAGS.dmlab_maps:
+    raise UserError(
+      '--mode=compile_maps needs --dmlab_maps, how many maps each level has in '
+      'the training.'
+    )
+  game = _choose_game()
+  if game.family is not environments.PyProcessDmLab:
+    raise UserError(
+      f'--mode=compile_maps is for levels of DeepMind Lab: {FLAGS.level_name} '
+      'has no maps to compile.'
+    )
+  with _new_graph(), stop_signals() as signals:
+    compiler = MapCompiler(game, num_workers=os.cpu_count() or 1)
+    console = Console(compiler.num_maps, 0, 'maps')
+    with compiler:
+      watch(
+        compiler.wait_for_end,
+        signals,
+        poll=lambda: console.progress(compiler.num_done),
+        report=lambda: console.report(compiler.num_done, []),
+      )
+    console.close()
+  for line in compiler.summary():
+    print_line(line)
+  if signals:
+    print_line('Interrupted: the same command compiles the rest.')
+  if not compiler.is_complete():
+    sys.exit(1)
+
+
 # --- Main -------------------------------------------------------------------
 
 
@@ -1713,9 +1766,11 @@ def _check_flags():
       '--checkpoint is for --mode=test: training goes on from the last '
       'checkpoint in --logdir.'
     )
-  if FLAGS.mode == 'test':
+  if FLAGS.mode != 'train':
     if FLAGS.task != -1:
-      raise UserError('--task is for training: a test runs on one machine.')
+      raise UserError(
+        f'--task is for training: --mode={FLAGS.mode} runs on one machine.'
+      )
     return
   if FLAGS.replay_proportion and not 0 < _num_replayed() < FLAGS.batch_size:
     raise UserError(
@@ -1841,6 +1896,8 @@ def main(_):
     _check_flags()
     if FLAGS.mode == 'test':
       test()
+    elif FLAGS.mode == 'compile_maps':
+      compile_maps()
     elif FLAGS.job_name == 'actor':
       act()
     elif FLAGS.task > 0:

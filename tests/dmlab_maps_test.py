@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of DeepMind Lab's compiled maps."""
 
+import itertools
 import logging
 import os
 import resource
@@ -10,11 +11,50 @@ import textwrap
 
 import pytest
 
-from dmlab_maps import LocalLevelCache
+from dmlab_maps import LocalLevelCache, episode_seeds, map_seeds
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PATIENCE = 30  # Seconds after which a wait counts as a hang.
 _DIGEST = 32  # Bytes behind each map.
+
+# --- Seeds ------------------------------------------------------------------
+
+
+def test_maps_belong_to_level_and_seed():
+  seeds = map_seeds('level', 1, 100)
+  assert len({*seeds}) == 100
+  assert all(type(seed) is int for seed in seeds)  # DeepMind Lab needs that.
+  assert all(0 <= seed < 2**31 and seed % 2 == 0 for seed in seeds)
+  assert max(seeds) > 2**30
+  assert map_seeds('level', 1, 100) == seeds
+  # Who wants more maps can go on with those that are compiled.
+  assert map_seeds('level', 1, 1000)[:100] == seeds
+  assert not {*seeds} & {*map_seeds('level', 2, 100)}
+  assert not {*seeds} & {*map_seeds('another', 1, 100)}
+
+
+def _first(count, *args, **kwargs):
+  return list(itertools.islice(episode_seeds(*args, **kwargs), count))
+
+
+def test_episodes_draw_from_all_maps_alike():
+  maps = map_seeds('level', 1, 5)
+  drawn = _first(1000, 1, maps)
+  # Five standard deviations of a binomial distribution around 200.
+  assert all(137 < drawn.count(seed) < 263 for seed in maps)
+  assert sum(map(drawn.count, maps)) == 1000
+  assert drawn[:100] != _first(100, 2, maps)
+
+
+@pytest.mark.parametrize('is_test', [False, True])
+def test_episodes_of_any_number_of_maps_differ(is_test):
+  seeds = _first(1000, 1, is_test=is_test)
+  assert len({*seeds}) == 1000
+  assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+  assert {seed % 2 for seed in seeds} == ({1} if is_test else {0, 1})
+  assert _first(1000, 1, is_test=is_test) == seeds
+  assert not {*seeds} & {*_first(1000, 2, is_test=is_test)}
+
 
 # --- The cache --------------------------------------------------------------
 
@@ -116,6 +156,20 @@ def test_bound_counts_what_others_wrote_and_removes_nothing_else(tmp_path):
   assert files.stored() == ['h', 'i', 'j', 'k']
 
 
+def test_notes_tell_which_maps_are_there(files):
+  assert files.cache.noted('1') is None
+  files.cache.note('1', ['a', 'b'])
+  files.cache.note('2', [])
+  assert files.cache.noted('2') == []
+  assert files.cache.noted('1') is None
+  files.write('a', b'map')
+  assert files.cache.noted('1') is None
+  files.write('b', b'map')
+  assert files.cache.noted('1') == ['a', 'b']
+  (files.path / 'a.map').unlink()
+  assert files.cache.noted('1') is None
+
+
 def test_cache_without_a_bound_removes_nothing(files):
   for key in 'abcdef':
     files.write(key, b'1' * 100_000)
@@ -129,7 +183,7 @@ def _run(code, count, *args):
   """
   head = """
     import os, sys
-    from dmlab_maps import LocalLevelCache
+    from dmlab_maps import LocalLevelCache, episode_seeds, map_seeds
     number = int(sys.argv[1])
 
     def begin():

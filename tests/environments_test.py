@@ -283,6 +283,81 @@ def test_dmlab_compiles_a_map_once_for_all(lab, seeds, tmp_path):
   assert len(maps) == len({*seeds}) == 2
 
 
+_EXPLORE = _LARGE + 'explore_goal_locations_small'
+_LANGUAGE = _LARGE + 'language_select_located_object'
+
+
+def test_dmlab_with_few_maps_compiles_each_once(lab, seeds, tmp_path):
+  few = {'num_maps': 3, 'maps_seed': 5}
+  for seed in (1, 2):  # Actors draw from the same.
+    cache = environments.LocalLevelCache(str(tmp_path))
+    _play_episodes(_dmlab(_EXPLORE, seed=seed, level_cache=cache, **few), 15)
+  assert len(seeds) == 32
+  assert len({*seeds}) == 3
+  maps = [file for file in tmp_path.iterdir() if file.suffix == '.map']
+  assert len(maps) == 3
+  # The order differs between actors, and reproduces.
+  first, other = seeds[:16], seeds[16:]
+  seeds.clear()
+  cache = environments.LocalLevelCache(str(tmp_path))
+  _play_episodes(_dmlab(_EXPLORE, seed=1, level_cache=cache, **few), 15)
+  assert seeds == first != other
+
+
+def test_dmlab_test_plays_no_map_of_the_training(seeds, tmp_path):
+  for seed in range(50):
+    _dmlab(seed=seed, is_test=True).initial()
+  assert len({*seeds}) == 50
+  training = environments.map_seeds('seekavoid_arena_01', 1, 1000)
+  assert {seed % 2 for seed in seeds} == {1}
+  assert {seed % 2 for seed in training} == {0}
+
+
+def test_dmlab_compiles_a_map_beforehand_unless_it_is_there(
+  lab, seeds, tmp_path
+):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, num_maps=2)
+  assert [env.compile_map(np.int64(seed)) for seed in (4, 6, 4)] == [1, 1, 1]
+  assert seeds == [4, 6]
+  # Another size shows the same map, another level another one.
+  large = environments.PyProcessDmLab(
+    _EXPLORE, {'width': 20}, 4, 1, level_cache=cache, num_maps=2
+  )
+  assert large.compile_map(4) == 1
+  assert seeds == [4, 6]
+  other = _dmlab(_LANGUAGE, level_cache=cache, num_maps=2)
+  assert other.compile_map(4) == 1
+  assert seeds == [4, 6, 4]
+  for path in tmp_path.glob('*.map'):
+    path.unlink()
+  assert env.compile_map(4) == 1
+  assert seeds == [4, 6, 4, 4]
+  (path,) = tmp_path.glob('*.map')
+  assert path.read_bytes().startswith(lab.map_of(_EXPLORE, 4))
+
+
+def test_dmlab_level_without_maps_has_none_to_compile(seeds, tmp_path):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(level_cache=cache, num_maps=2)
+  assert [env.compile_map(4), env.compile_map(4)] == [0, 0]
+  assert seeds == [4]
+
+
+def test_dmlab_maps_within_an_episode_are_cached_but_not_needed_for_its_begin(
+  lab, seeds, tmp_path
+):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_LANGUAGE, level_cache=cache, num_maps=2, maps_seed=1)
+  _play_episodes(env, 1)
+  length = lab.episode_length(_LANGUAGE, seeds[0])
+  contents = [path.read_bytes() for path in tmp_path.glob('*.map')]
+  for part in range(1 + length // lab.RESTART_FRAMES):
+    expected = lab.map_of(_LANGUAGE, seeds[0], part=part)
+    assert sum(content.startswith(expected) for content in contents) == 1
+  assert env.compile_map(seeds[0]) == 1
+
+
 @needs_stand_in
 def test_dmlab_in_its_process_caches_maps_where_the_user_says(tmp_path):
   level = _LARGE + 'explore_goal_locations_small'
@@ -320,7 +395,8 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
   held_out = _LARGE + 'rooms_collect_good_objects_test'
   common = _LARGE + 'rooms_collect_good_objects_train'
   size = {'height': 5, 'width': 7, 'level_cache_dir': str(tmp_path)}
-  _dmlab(seed=3).initial()
+  for is_test in (False, True):
+    _dmlab(seed=3, is_test=is_test).initial()
   for level, is_test, mixer_seed in (
     (held_out, True, 0x600D5EED),
     (common, True, 0x600D5EED),
@@ -329,9 +405,9 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
     with _playing(level, seed=3, is_test=is_test, **size) as process:
       np.testing.assert_array_equal(
         process.call('initial')[0],
-        lab.frame(level, seeds[0], 0, 5, 7, mixer_seed),
+        lab.frame(level, seeds[is_test], 0, 5, 7, mixer_seed),
       )
-      length = lab.episode_length(level, seeds[0])
+      length = lab.episode_length(level, seeds[is_test])
       steps = [process.call('step', _FORWARD) for _ in range(length)]
     ends = [i for i, (_, done, _) in enumerate(steps) if done]
     assert ends[0] == (length - 1) // 4
@@ -348,11 +424,39 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
 @needs_stand_in
 def test_dmlab_level_with_data(tmp_path):
   level = _LARGE + 'psychlab_continuous_recognition'
-  sentence = _refusal(level, dataset_path='')
-  assert '--dataset_path' in sentence
-  assert 'nowhere' in _refusal(level, dataset_path='/nowhere')
+  assert '--dataset_path=dummy' in _refusal(level, dataset_path='')
+  assert "'/nowhere' is not a folder" in _refusal(
+    level, dataset_path='/nowhere'
+  )
+  folders = {'dataset_path': str(tmp_path), 'level_cache_dir': str(tmp_path)}
+  assert '2,400 are missing, the first is 0001.png' in _refusal(
+    level, **folders
+  )
+  # As Psychlab asks for them: '%04d.png', from 1 on.
+  for number in range(1, 2401):
+    (tmp_path / ('%04d.png' % number)).touch()  # noqa: UP031
+  with _playing(level, **folders) as process:
+    process.call('initial')
+  (tmp_path / '2181.png').unlink()
+  assert '1 are missing, the first is 2181.png' in _refusal(level, **folders)
+
+
+@needs_stand_in
+def test_dmlab_missing_image_aborts_the_process_but_a_dummy_needs_none(
+  tmp_path,
+):
+  level = _LARGE + 'psychlab_continuous_recognition'
+  config = {'height': 5, 'width': 7, 'datasetPath': str(tmp_path)}
+  process = py_process.PyProcess(
+    environments.PyProcessDmLab, level, config, 4, 1
+  )
+  process.start()
+  with pytest.raises(py_process.ProcessError, match='died'):
+    process.call('initial')
+  assert process.exit_code(_PATIENCE) == -signal.SIGABRT
+  process.close()
   with _playing(
-    level, dataset_path=str(tmp_path), level_cache_dir=str(tmp_path)
+    level, dataset_path='dummy', level_cache_dir=str(tmp_path)
   ) as process:
     process.call('initial')
 
