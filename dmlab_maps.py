@@ -4,14 +4,20 @@
 Many levels make a map for each episode, from its seed, and compile it, which
 takes up to 40 s. With the compiled map at hand, an episode begins within half a
 second. So the maps are kept in a folder that processes share
-(`LocalLevelCache`), and may be those of a limited number of seeds
-(`episode_seeds`).
+(`LocalLevelCache`), may be those of a limited number of seeds
+(`episode_seeds`), and may be compiled while the episode before is played
+(`AheadCompiler`).
 """
 
 import contextlib
 import hashlib
 import logging
 import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
 import uuid
 import zlib
 
@@ -28,6 +34,13 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 # within the bound, and none lists thousands of files for each map.
 _LEFT_FULL = 0.9
 _SHARE = 64
+
+# Maps that are compiled ahead. The name of the abstract sockets that a machine
+# has for as many processes as it has cores: who binds one may compile.
+_SLOT = '\0impala-dmlab-map-{user}-{number}'
+_SLOT_SECONDS = 0.25  # Between two tries to get one.
+# Added to the niceness. With more, actors on a busy machine would have to wait.
+_NICENESS = 5
 
 
 # --- Seeds ------------------------------------------------------------------
@@ -231,24 +244,42 @@ def _warn(error):
 class Episodes:
   """Begins the episodes of a `deepmind_lab.Lab`."""
 
-  def __init__(self, lab, name, seeds, cache=None):
+  def __init__(self, lab, seeds, cache, name=None, ahead=None):
     """Takes an environment.
 
     Args:
       lab: `deepmind_lab.Lab`.
-      name: string, of all but the seed that the maps depend on.
       seeds: iterator of ints, of the episodes.
-      cache: the `LocalLevelCache` of `lab` if it shall be noted which maps the
-        seeds have; None if seeds will hardly come again.
+      cache: the `LocalLevelCache` of `lab`; None if `name` and `ahead` are.
+      name: string, of all but the seed that the maps depend on, if it shall be
+        noted which maps the seeds have; None if seeds will hardly come again.
+      ahead: `AheadCompiler`, None to compile maps when they are needed.
     """
     self._lab = lab
-    self._name = name
     self._seeds = seeds
     self._cache = cache
+    self._name = name
+    self._ahead = ahead
+    self._next = None  # The seed of the next episode, if it is chosen yet.
 
   def begin(self):
     """Begins the next episode."""
-    self._reset(next(self._seeds))
+    seed = next(self._seeds) if self._next is None else self._next
+    self._next = None
+    if self._ahead is None:
+      self._reset(seed)
+      return
+    self._ahead.finish()
+    # Only levels that compile maps are worth it.
+    if self._reset(seed):
+      self._next = next(self._seeds)
+      if self._noted(self._next) is None:
+        self._ahead.want(self._next)
+
+  def step(self):
+    """Is to be called now and then while an episode is played."""
+    if self._ahead is not None:
+      self._ahead.poll()
 
   def compile(self, seed):
     """Has the cache hold the maps with which the episode of a seed begins.
@@ -259,8 +290,13 @@ class Episodes:
     Returns:
       The number of these maps; some levels have none to compile.
     """
-    keys = self._cache.noted(self._full_name(seed))
+    keys = self._noted(seed)
     return len(self._reset(seed) if keys is None else keys)
+
+  def close(self):
+    """Ends what is compiled ahead."""
+    if self._ahead is not None:
+      self._ahead.close()
 
   def _reset(self, seed):
     """Resets to the episode of a seed; returns the keys of its first maps."""
@@ -269,8 +305,106 @@ class Episodes:
       return []
     with self._cache.recording() as keys:
       self._lab.reset(seed=seed)
-    self._cache.note(self._full_name(seed), keys)
+    if self._name is not None:
+      self._cache.note(f'{self._name} {seed}', keys)
     return keys
 
-  def _full_name(self, seed):
-    return f'{self._name} {seed}'
+  def _noted(self, seed):
+    """Returns the keys of a seed's maps if all are in the cache, else None."""
+    return self._name and self._cache.noted(f'{self._name} {seed}')
+
+
+class AheadCompiler:
+  """Has maps compiled by another process, at lower priority.
+
+  All of a user's programs on a machine together run as many of these processes
+  at once as it has cores; each takes the memory of an environment. A map that
+  gets its turn too late is compiled by the environment itself.
+  """
+
+  def __init__(self, level, options, runfiles_path=None):
+    """Takes what maps are compiled for.
+
+    Args:
+      level: name of the level.
+      options: dict of the arguments of `deepmind_lab.Lab`, with a `level_cache`
+        that can be pickled.
+      runfiles_path: folder with DeepMind Lab's files, None for its own.
+    """
+    self._arguments = level, options, runfiles_path
+    self._seed = None  # Of the map that waits for its turn.
+    self._next_try = 0
+    self._process = None
+
+  def want(self, seed):
+    """Asks for the maps with which the episode of a seed begins."""
+    self._seed = seed
+    self._next_try = 0
+
+  def poll(self):
+    """Starts the compilation that was asked for, if it is its turn."""
+    if self._seed is None or time.monotonic() < self._next_try:
+      return
+    self._next_try = time.monotonic() + _SLOT_SECONDS
+    slot = _take_slot()
+    if slot is not None:
+      seed, self._seed = self._seed, None
+      with slot:
+        self._start(seed, slot)
+
+  def finish(self):
+    """Waits for a compilation under way; one that was not begun is dropped."""
+    self._seed = None
+    if self._process is not None:
+      code = self._process.wait()
+      self._process = None
+      if code:
+        # The environment will meet the reason itself, if it is one that stays.
+        logging.getLogger(__name__).warning(
+          'A map was not compiled ahead: the process that should ended with '
+          'exit code %d.',
+          code,
+        )
+
+  def close(self):
+    """Ends a compilation under way."""
+    self._seed = None
+    if self._process is not None:
+      self._process.kill()
+      self._process.wait()
+      self._process = None
+
+  def _start(self, seed, slot):
+    self._process = subprocess.Popen(
+      [sys.executable, '-c', 'import dmlab_maps; dmlab_maps.compile_one()'],
+      stdin=subprocess.PIPE,
+      pass_fds=[slot.fileno()],  # It stays bound until the process ends.
+      env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+    )
+    with contextlib.suppress(BrokenPipeError), self._process.stdin as file:
+      pickle.dump((*self._arguments, seed), file)
+
+
+def _take_slot():
+  """Returns a bound socket; None if as many compile as there are cores."""
+  for number in range(len(os.sched_getaffinity(0))):
+    slot = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+      slot.bind(_SLOT.format(user=os.getuid(), number=number))
+      return slot
+    except OSError:
+      slot.close()
+  return None
+
+
+def compile_one():
+  """Compiles the map that an `AheadCompiler` describes on standard input."""
+  os.nice(_NICENESS)
+  level, options, runfiles_path, seed = pickle.load(sys.stdin.buffer)
+  import deepmind_lab
+
+  if runfiles_path:
+    deepmind_lab.set_runfiles_path(runfiles_path)
+  lab = deepmind_lab.Lab(level, ['RGB_INTERLEAVED'], **options)
+  lab.reset(seed=seed)
+  lab.close()

@@ -69,7 +69,13 @@ import numpy as np
 import action_sets
 import gym_kinds
 import py_process
-from dmlab_maps import Episodes, LocalLevelCache, episode_seeds, map_seeds
+from dmlab_maps import (
+  AheadCompiler,
+  Episodes,
+  LocalLevelCache,
+  episode_seeds,
+  map_seeds,
+)
 
 # What an environment says of itself in the graph, one entry per agent step or,
 # where `truncated`, for a reset after an episode was cut off: see above. Where
@@ -106,8 +112,9 @@ DmLabSettings = collections.namedtuple(
     'level_cache_bytes',  # Of all compiled maps at most; None for no bound.
     'num_maps',  # Of each level in training; 0 for any number.
     'maps_seed',  # Int: which maps these are.
+    'compiles_ahead',  # Whether the next episode's map is, in training.
   ],
-  defaults=[None, 0, 0],
+  defaults=[None, 0, 0, False],
 )
 
 # What the program's user chose for all environments.
@@ -227,6 +234,7 @@ class PyProcessDmLab:
     is_test=False,
     num_maps=0,
     maps_seed=0,
+    compiles_ahead=False,
   ):
     """Starts DeepMind Lab.
 
@@ -238,9 +246,11 @@ class PyProcessDmLab:
       runfiles_path: folder with DeepMind Lab's files, None for its own.
       level_cache: object with `fetch` and `write`, e.g. `LocalLevelCache`.
       is_test: whether a single episode is played.
-      num_maps: of so many seeds those of the episodes are, 0 for any; it needs
-        a `LocalLevelCache`.
+      num_maps: of so many seeds those of the episodes are, 0 for any. This and
+        `compiles_ahead` need a `LocalLevelCache`.
       maps_seed: int, which seeds these are, together with the level.
+      compiles_ahead: whether the next episode's map is compiled by another
+        process while an episode is played.
     """
     import deepmind_lab
 
@@ -269,9 +279,10 @@ class PyProcessDmLab:
       self._env = deepmind_lab.Lab(level, ['RGB_INTERLEAVED'], **options)
     self._episodes = Episodes(
       self._env,
-      _maps_name(level, config),
       episode_seeds(seed, map_seeds(level, maps_seed, num_maps), is_test),
-      level_cache if num_maps else None,
+      level_cache if num_maps or compiles_ahead else None,
+      _maps_name(level, config) if num_maps else None,
+      AheadCompiler(level, options, runfiles_path) if compiles_ahead else None,
     )
 
   def initial(self):
@@ -285,6 +296,7 @@ class PyProcessDmLab:
     """Repeats `action`, an array [7]; returns (reward, done, observation)."""
     if self._is_over:
       return 0.0, False, self._shown
+    self._episodes.step()
     reward = self._env.step(
       np.asarray(action, np.intc), num_steps=self._num_action_repeats
     )
@@ -305,6 +317,7 @@ class PyProcessDmLab:
     return self._episodes.compile(int(seed))
 
   def close(self):
+    self._episodes.close()
     self._env.close()
 
   def _observation(self):
@@ -370,6 +383,7 @@ class PyProcessDmLab:
       is_test=settings.is_test,
       num_maps=0 if settings.is_test else settings.dmlab.num_maps,
       maps_seed=settings.dmlab.maps_seed,
+      compiles_ahead=settings.dmlab.compiles_ahead and not settings.is_test,
     )
 
 

@@ -250,6 +250,13 @@ flags.DEFINE_integer(
   'new one for each episode. Tests play other maps.',
   lower_bound=0,
 )
+flags.DEFINE_boolean(
+  'dmlab_compile_ahead',
+  True,
+  'While an episode of DeepMind Lab is played, compile the map of the next one '
+  'in another process: as many at once as there are cores, each with the memory '
+  'of an environment.',
+)
 flags.DEFINE_integer(
   'max_environment_restarts',
   10,
@@ -412,6 +419,7 @@ _MACHINE_FLAGS = ('num_actors', 'precision')
 # learns: all others are its settings.
 _UPKEEP_FLAGS = (
   'dataset_path',
+  'dmlab_compile_ahead',
   'environment_timeout_secs',
   'level_cache_dir',
   'level_cache_size_gb',
@@ -929,6 +937,7 @@ def _dmlab_settings():
     level_cache_bytes=int(FLAGS.level_cache_size_gb * 1e9) or None,
     num_maps=FLAGS.dmlab_maps,
     maps_seed=FLAGS.seed,
+    compiles_ahead=FLAGS.dmlab_compile_ahead and FLAGS.mode == 'train',
   )
 
 

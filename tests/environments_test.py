@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import cloudpickle
 import numpy as np
@@ -22,6 +23,7 @@ import tensorflow.compat.v1 as tf
 import tree
 
 import action_sets
+import dmlab_maps
 import environments
 import gym_kinds
 import py_process
@@ -356,6 +358,132 @@ def test_dmlab_maps_within_an_episode_are_cached_but_not_needed_for_its_begin(
     expected = lab.map_of(_LANGUAGE, seeds[0], part=part)
     assert sum(content.startswith(expected) for content in contents) == 1
   assert env.compile_map(seeds[0]) == 1
+
+
+# --- Maps that are compiled ahead ---
+
+
+@pytest.fixture
+def hits(monkeypatch):
+  """Whether each map that this process asked for was in its cache."""
+  hits = []
+
+  def fetch(self, key, pk3_path):
+    hits.append(original(self, key, pk3_path))
+    return hits[-1]
+
+  original = environments.LocalLevelCache.fetch
+  monkeypatch.setattr(environments.LocalLevelCache, 'fetch', fetch)
+  return hits
+
+
+@pytest.fixture
+def slots(monkeypatch):
+  """This test's own slots, all there are; `processes` has what is started."""
+  monkeypatch.setattr(
+    dmlab_maps, '_SLOT', f'\0impala-test-{os.getpid()}-{{user}}-{{number}}'
+  )
+  monkeypatch.setattr(dmlab_maps, '_SLOT_SECONDS', 0)
+  slots = types.SimpleNamespace(processes=[], exit_code=None)
+
+  def start(self, seed, slot):
+    if slots.exit_code is not None:
+      arguments = [sys.executable, '-c', f'exit({slots.exit_code})']
+      self._process = subprocess.Popen(arguments)
+    else:
+      original(self, seed, slot)
+    slots.processes.append(self._process)
+
+  original = dmlab_maps.AheadCompiler._start
+  monkeypatch.setattr(dmlab_maps.AheadCompiler, '_start', start)
+  return slots
+
+
+@needs_stand_in
+def test_dmlab_finds_the_next_map_compiled(seeds, slots, hits, tmp_path):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  _play_episodes(env, 4)
+  assert hits == [False, True, True, True, True]
+  assert len(slots.processes) == 4
+  env.close()
+  # The episodes are those that are played without.
+  ahead = seeds[:]
+  seeds.clear()
+  _play_episodes(_dmlab(_EXPLORE), 4)
+  assert seeds == ahead
+  # Nothing is noted of seeds that hardly come again.
+  assert {path.suffix for path in tmp_path.iterdir()} == {'.map'}
+
+
+@needs_stand_in
+def test_dmlab_compiles_nothing_ahead_that_is_there(slots, hits, tmp_path):
+  few = {'num_maps': 3, 'compiles_ahead': True}
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, **few)
+  _play_episodes(env, 20)
+  assert hits == [False] + [True] * 20
+  assert len(slots.processes) == 2
+  # Nor on a level that has no maps.
+  cache = environments.LocalLevelCache(str(tmp_path))
+  _play_episodes(_dmlab(level_cache=cache, compiles_ahead=True), 3)
+  assert len(slots.processes) == 2
+
+
+@needs_stand_in
+def test_dmlab_compiles_itself_if_others_compile_on_all_cores(
+  slots, hits, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1})
+  taken = [dmlab_maps._take_slot() for _ in range(3)]
+  assert taken[2] is None
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  _play_episodes(env, 2)
+  assert hits == [False] * 3
+  assert slots.processes == []
+  taken[1].close()
+  env.step(_FORWARD)
+  assert len(slots.processes) == 1
+  # It has taken that place, and leaves it when it ends.
+  assert dmlab_maps._take_slot() is None
+  slots.processes[0].wait(timeout=_PATIENCE)
+  with dmlab_maps._take_slot():
+    pass
+  taken[0].close()
+
+
+@needs_stand_in
+def test_dmlab_compilation_ahead_has_lower_priority_and_ends_with_it(
+  slots, hits, tmp_path, monkeypatch
+):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  env.initial()
+  monkeypatch.setenv('FAKE_DMLAB_COMPILE_SECONDS', '1000')
+  env.step(_FORWARD)
+  (process,) = slots.processes
+  nice = os.getpriority(os.PRIO_PROCESS, 0)
+  deadline = time.monotonic() + _PATIENCE
+  while os.getpriority(os.PRIO_PROCESS, process.pid) != nice + 5:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  env.close()
+  assert process.returncode == -signal.SIGKILL
+
+
+@needs_stand_in
+def test_dmlab_goes_on_if_nothing_can_be_compiled_ahead(
+  slots, hits, tmp_path, caplog
+):
+  slots.exit_code = 3
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  _play_episodes(env, 2)
+  assert hits == [False] * 3
+  assert 'not compiled ahead: the process that should ended' in caplog.text
+  assert 'exit code 3' in caplog.text
+  env.close()
 
 
 @needs_stand_in

@@ -15,6 +15,8 @@ Environment variables make it slow, or its episodes long, in what they say:
   FAKE_DMLAB_COMPILE_SECONDS   of a processor, for a map to compile
   FAKE_DMLAB_STEP_SECONDS      of a processor, for a frame
   FAKE_DMLAB_EPISODE_FRAMES    of each episode, instead of `episode_length`
+  FAKE_DMLAB_SLEEPS            1: it sleeps for these times instead, as if there
+                               were a processor for each
 """
 
 import hashlib
@@ -93,6 +95,9 @@ def _variable(name):
 
 def _work(seconds):
   """Takes so much time of a processor."""
+  if _variable('SLEEPS'):
+    time.sleep(seconds)
+    return
   end = time.process_time() + seconds
   while time.process_time() < end:
     _hash(end)
