@@ -60,6 +60,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -67,8 +68,11 @@ import warnings
 import numpy as np
 
 import action_sets
+import dmlab_choices
 import gym_kinds
 import py_process
+from dmlab_choices import DEFAULT_ACTION_SET as DEFAULT_ACTION_SET
+from dmlab_choices import DmLabSettings
 from dmlab_maps import (
   AheadCompiler,
   Episodes,
@@ -103,18 +107,6 @@ EnvironmentSpec = collections.namedtuple(
   'EnvironmentSpec',
   'action_set frame_shape picture_channels',
   defaults=[(0, 3)],  # A fourth would be the opacity.
-)
-
-# What the program's user chose for DeepMind Lab.
-DmLabSettings = collections.namedtuple(
-  'DmLabSettings',
-  [
-    'level_cache_bytes',  # Of all compiled maps at most; None for no bound.
-    'num_maps',  # Of each level in training; 0 for any number.
-    'maps_seed',  # Int: which maps these are.
-    'compiles_ahead',  # Whether the next episode's map is, in training.
-  ],
-  defaults=[None, 0, 0, False],
 )
 
 # What the program's user chose for all environments.
@@ -193,31 +185,11 @@ def _specs(method_name, frame_shape):
 
 # --- DeepMind Lab -----------------------------------------------------------
 
-# The nine actions of the paper's table D.2, in DeepMind Lab's seven dimensions:
-# look left/right, look down/up, strafe, move, fire, jump, crouch.
-DEFAULT_ACTION_SET = (
-  (0, 0, 0, 1, 0, 0, 0),  # Forward.
-  (0, 0, 0, -1, 0, 0, 0),  # Backward.
-  (0, 0, -1, 0, 0, 0, 0),  # Strafe left.
-  (0, 0, 1, 0, 0, 0, 0),  # Strafe right.
-  (-20, 0, 0, 0, 0, 0, 0),  # Look left.
-  (20, 0, 0, 0, 0, 0, 0),  # Look right.
-  (-20, 0, 0, 1, 0, 0, 0),  # Look left and move forward.
-  (20, 0, 0, 1, 0, 0, 0),  # Look right and move forward.
-  (0, 0, 0, 0, 1, 0, 0),  # Fire.
-)
-
 # Evaluation mixes its own seed into DeepMind Lab's random levels, so that no
 # test episode was seen in training.
 _TEST_MIXER_SEED = 0x600D5EED
 
-_LEVELS_WITH_DATA = (
-  'psychlab_arbitrary_visuomotor_mapping',
-  'psychlab_continuous_recognition',
-)
-_IMAGES = [f'{number:04d}.png' for number in range(1, 2401)]
-# In place of the data's folder: the levels show plain colours.
-_NO_DATA = 'dummy'
+_DMLAB30 = 'contributed/dmlab30/'
 
 
 class PyProcessDmLab:
@@ -235,6 +207,7 @@ class PyProcessDmLab:
     num_maps=0,
     maps_seed=0,
     compiles_ahead=False,
+    renderer='software',
   ):
     """Starts DeepMind Lab.
 
@@ -251,6 +224,7 @@ class PyProcessDmLab:
       maps_seed: int, which seeds these are, together with the level.
       compiles_ahead: whether the next episode's map is compiled by another
         process while an episode is played.
+      renderer: 'software' or 'hardware'.
     """
     import deepmind_lab
 
@@ -264,7 +238,7 @@ class PyProcessDmLab:
     config = {key: str(value) for key, value in config.items()}
     options = {
       'config': config,
-      'renderer': 'software',
+      'renderer': renderer,
       'temp_folder': tempfile.gettempdir(),
     }
     if level_cache is not None:
@@ -341,8 +315,8 @@ class PyProcessDmLab:
     del spec
     return frame
 
-  @staticmethod
-  def describe(level, settings):
+  @classmethod
+  def describe(cls, level, settings):
     """See the module; raises ValueError if the level can't be played."""
     if importlib.util.find_spec('deepmind_lab') is None:
       raise ValueError(
@@ -350,23 +324,45 @@ class PyProcessDmLab:
         'as the Dockerfile shows, or choose a level that runs now, e.g. '
         '--level_name=gym:VizdoomBasic-v1.'
       )
-    if os.path.basename(level) in _LEVELS_WITH_DATA:
-      _check_dataset(level, settings.dataset_path)
-    return EnvironmentSpec(
-      np.array(DEFAULT_ACTION_SET, np.intc),
+    dmlab_choices.check_dataset(level, settings.dataset_path)
+    spec = EnvironmentSpec(
+      np.array(dmlab_choices.action_set(settings.dmlab.action_set), np.intc),
       (settings.height or 72, settings.width or 96, 3),
     )
+    chosen = settings.dmlab
+    if not level.startswith(_DMLAB30) or (
+      chosen.level_settings
+      or chosen.runfiles_path
+      or chosen.renderer != 'software'
+    ):
+      cls._probe(level, settings, spec)
+    return spec
+
+  @classmethod
+  def _probe(cls, level, settings, spec):
+    """Raises ValueError if DeepMind Lab does not take what the user chose."""
+    process = cls.create(level, 0, settings, spec)
+    try:
+      process.start()
+    except py_process.ProcessError as error:
+      raise ValueError(
+        f'Level {level!r} can not be played: {_reason(error)}.'
+      ) from None
+    finally:
+      process.close()
 
   @classmethod
   def create(cls, level, seed, settings, spec):
     """See the module."""
     height, width, _ = spec.frame_shape
-    config = {'height': height, 'width': width, 'logLevel': 'WARN'}
-    path = settings.dataset_path
-    if path:
-      config['datasetPath'] = (
-        path if path == _NO_DATA else os.path.abspath(path)
-      )
+    config = {
+      'logLevel': 'WARN',
+      **dmlab_choices.level_settings(settings.dmlab.level_settings),
+      'height': height,
+      'width': width,
+    }
+    if settings.dataset_path:
+      config['datasetPath'] = dmlab_choices.dataset(settings.dataset_path)
     if settings.is_test:
       config['allowHoldOutLevels'] = 'true'
       config['mixerSeed'] = _TEST_MIXER_SEED
@@ -376,6 +372,8 @@ class PyProcessDmLab:
       config,
       settings.num_action_repeats,
       seed,
+      runfiles_path=settings.dmlab.runfiles_path or None,
+      renderer=settings.dmlab.renderer,
       level_cache=LocalLevelCache(
         os.path.abspath(settings.level_cache_dir),
         settings.dmlab.level_cache_bytes,
@@ -385,31 +383,6 @@ class PyProcessDmLab:
       maps_seed=settings.dmlab.maps_seed,
       compiles_ahead=settings.dmlab.compiles_ahead and not settings.is_test,
     )
-
-
-def _check_dataset(level, path):
-  """Raises ValueError if the images of a level are not all in a folder.
-
-  The level would abort its process as soon as it shows one that is missing.
-  """
-  if path == _NO_DATA:
-    return
-  try:
-    missing = sorted({*_IMAGES}.difference(os.listdir(path)))
-  except OSError:
-    problem = 'is not a folder'
-  else:
-    if not missing:
-      return
-    problem = (
-      f'has not all of its images {_IMAGES[0]} to {_IMAGES[-1]}: '
-      f'{len(missing):,} are missing, the first is {missing[0]}'
-    )
-  raise ValueError(
-    f'Level {level!r} needs a data set, but --dataset_path={path!r} {problem}. '
-    "Get the data as DeepMind Lab's data/brady_konkle_oliva2008 says and give "
-    f'its folder, or --dataset_path={_NO_DATA} for plain colours in its place.'
-  )
 
 
 def _maps_name(level, config):
@@ -429,7 +402,8 @@ def _reason(error):
   """Returns why a `ProcessError` came, on one line."""
   failure = py_process.failure(error)
   text = failure.reason.partition(':\n')[2] or failure.reason
-  return ' '.join(text.split()).removeprefix('ValueError: ').rstrip('.')
+  text = re.sub(r'^(Value|Runtime)Error: ', '', ' '.join(text.split()))
+  return text.rstrip('.')
 
 
 class GymEnvironment:

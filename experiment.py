@@ -250,12 +250,35 @@ flags.DEFINE_integer(
   'new one for each episode. Tests play other maps.',
   lower_bound=0,
 )
+flags.DEFINE_enum(
+  'renderer',
+  'software',
+  ['software', 'hardware'],
+  'What draws the frames of DeepMind Lab: the CPU, or a GPU through EGL.',
+)
+flags.DEFINE_string(
+  'dmlab_runfiles_path',
+  '',
+  "Folder with DeepMind Lab's own files, if they are not where its module is.",
+)
+flags.DEFINE_string(
+  'dmlab_settings',
+  '',
+  'Further settings of a level of DeepMind Lab, as key=value,key=value.',
+)
+flags.DEFINE_string(
+  'dmlab_action_set',
+  'paper',
+  "The actions in DeepMind Lab: the paper's nine; popart, the fifteen of "
+  'PopArt, which also look up and down, slower and faster; or a JSON file with '
+  'a list of lists of seven numbers.',
+)
 flags.DEFINE_boolean(
   'dmlab_compile_ahead',
   True,
   'While an episode of DeepMind Lab is played, compile the map of the next one '
-  'in another process: as many at once as there are cores, each with the memory '
-  'of an environment.',
+  'in another process: as many at once as there are cores, each with the '
+  'memory of an environment.',
 )
 flags.DEFINE_integer(
   'max_environment_restarts',
@@ -389,6 +412,7 @@ flags.DEFINE_float(
 # What an agent's inputs and the variables of its checkpoints depend on: a test,
 # or a training that goes on, can't have other values than the training had.
 _AGENT_FLAGS = (
+  'dmlab_action_set',
   'optimizer',
   'torso',
   'core',
@@ -420,10 +444,12 @@ _MACHINE_FLAGS = ('num_actors', 'precision')
 _UPKEEP_FLAGS = (
   'dataset_path',
   'dmlab_compile_ahead',
+  'dmlab_runfiles_path',
   'environment_timeout_secs',
   'level_cache_dir',
   'level_cache_size_gb',
   'max_environment_restarts',
+  'renderer',
   'save_checkpoint_secs',
   'test_num_episodes',
 )
@@ -937,6 +963,10 @@ def _dmlab_settings():
     level_cache_bytes=int(FLAGS.level_cache_size_gb * 1e9) or None,
     num_maps=FLAGS.dmlab_maps,
     maps_seed=FLAGS.seed,
+    renderer=FLAGS.renderer,
+    runfiles_path=FLAGS.dmlab_runfiles_path,
+    level_settings=FLAGS.dmlab_settings,
+    action_set=FLAGS.dmlab_action_set,
     compiles_ahead=FLAGS.dmlab_compile_ahead and FLAGS.mode == 'train',
   )
 
@@ -1747,7 +1777,8 @@ def _expand_paths():
   Raises:
     UserError: TensorFlow can't use the log folder's name.
   """
-  for name in ('logdir', 'checkpoint', 'video_dir', 'dataset_path'):
+  paths = ('logdir', 'checkpoint', 'video_dir', 'dataset_path')
+  for name in (*paths, 'dmlab_runfiles_path', 'dmlab_action_set'):
     FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
   for name in ('logdir', 'checkpoint'):
     path = FLAGS[name].value

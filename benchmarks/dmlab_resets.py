@@ -54,10 +54,10 @@ _VARIANTS = {
 class _ManyCores(environments.PyProcessDmLab):
   """As on a machine with many cores."""
 
-  def __init__(self, *args, **kwargs):
+  def __init__(self, level, config, *args, **kwargs):
     os.environ['FAKE_DMLAB_SLEEPS'] = '1'
     os.sched_getaffinity = lambda pid: range(_NUM_CORES)
-    super().__init__(*args, **kwargs)
+    super().__init__(level, config, *args, **kwargs)
 
 
 class _Actor(threading.Thread):

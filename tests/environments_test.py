@@ -23,6 +23,7 @@ import tensorflow.compat.v1 as tf
 import tree
 
 import action_sets
+import dmlab_choices
 import dmlab_maps
 import environments
 import gym_kinds
@@ -310,7 +311,7 @@ def test_dmlab_test_plays_no_map_of_the_training(seeds, tmp_path):
   for seed in range(50):
     _dmlab(seed=seed, is_test=True).initial()
   assert len({*seeds}) == 50
-  training = environments.map_seeds('seekavoid_arena_01', 1, 1000)
+  training = dmlab_maps.map_seeds('seekavoid_arena_01', 1, 1000)
   assert {seed % 2 for seed in seeds} == {1}
   assert {seed % 2 for seed in training} == {0}
 
@@ -587,6 +588,134 @@ def test_dmlab_missing_image_aborts_the_process_but_a_dummy_needs_none(
     level, dataset_path='dummy', level_cache_dir=str(tmp_path)
   ) as process:
     process.call('initial')
+
+
+# --- What can be chosen for DeepMind Lab ---
+
+
+def _chosen(**kwargs):
+  return {'dmlab': environments.DmLabSettings(**kwargs)}
+
+
+def test_dmlab_renderer_is_the_one_that_was_chosen(lab, monkeypatch):
+  renderers = []
+
+  class Recording(lab.Lab):
+    def __init__(self, *args, renderer, **kwargs):
+      renderers.append(renderer)
+      super().__init__(*args, renderer=renderer, **kwargs)
+
+  monkeypatch.setattr(lab, 'Lab', Recording)
+  _dmlab()
+  _dmlab(renderer='hardware')
+  assert renderers == ['software', 'hardware']
+
+
+@needs_stand_in
+@pytest.mark.parametrize(
+  ('level', 'chosen', 'reason'),
+  [
+    ('seekavoid_arena_1', {}, 'Level not found'),
+    (_EXPLORE, {'renderer': 'EGL'}, 'Invalid renderer: EGL'),
+    (_EXPLORE, {'level_settings': 'fps=30,hieght=4'}, 'Invalid setting: hieg'),
+    (_EXPLORE, {'level_settings': 'fps=fast'}, 'Invalid setting: fps'),
+  ],
+)
+def test_dmlab_refuses_before_the_start_what_it_does_not_know(
+  level, chosen, reason
+):
+  sentence = _refusal(level, **_chosen(**chosen))
+  assert 'can not be played: ' in sentence
+  assert reason in sentence
+  assert 'RuntimeError' not in sentence
+
+
+@needs_stand_in
+def test_dmlab_takes_other_levels_and_settings(tmp_path):
+  chosen = _chosen(
+    level_settings='fps=30, appendCommand=+set a=b',
+    renderer='hardware',
+    runfiles_path='/some/where',
+  )
+  with _playing(
+    'demos/extra_entities', level_cache_dir=str(tmp_path), **chosen
+  ) as process:
+    assert process.call('initial')[0].shape == (72, 96, 3)
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('', {}),
+    ('fps=30', {'fps': '30'}),
+    ('fps=30, a=b=c,d=', {'fps': '30', 'a': 'b=c', 'd': ''}),
+    ('fps', "'fps' is not"),
+    ('fps=30,', "'' is not"),
+    ('=30', "'=30' is not"),
+    ('fps=30,width=96', 'width is set by --width'),
+    ('datasetPath=/data', 'datasetPath is set by --dataset_path'),
+  ],
+)
+def test_dmlab_settings_are_read_or_refused(text, expected):
+  if isinstance(expected, dict):
+    assert dmlab_choices.level_settings(text) == expected
+  else:
+    with pytest.raises(ValueError, match=expected):
+      dmlab_choices.level_settings(text)
+
+
+def test_dmlab_action_sets(lab, tmp_path):
+  assert dmlab_choices.action_set('paper') == environments.DEFAULT_ACTION_SET
+  popart = np.array(dmlab_choices.action_set('popart'))
+  assert popart.shape == (15, 7)
+  assert len(np.unique(popart, axis=0)) == 15
+  # Left, right, up and down are as often there.
+  assert popart[:, :3].sum(axis=0).tolist() == [0, 0, 0]
+  own = tmp_path / 'own.json'
+  own.write_text('[[0, 0, 0, 1, 0, 0, 0], [512, -512, 1, -1, 1, 1, 1]]')
+  specs = lab.Lab('seekavoid_arena_01', []).action_spec()
+  for actions in (popart, np.array(dmlab_choices.action_set(str(own)))):
+    assert (actions >= [spec['min'] for spec in specs]).all()
+    assert (actions <= [spec['max'] for spec in specs]).all()
+
+
+@needs_stand_in
+def test_dmlab_plays_with_another_action_set():
+  spec = _spec('seekavoid_arena_01', **_chosen(action_set='popart'))
+  assert spec.action_set.shape == (15, 7)
+  assert spec.action_set.dtype == np.intc
+  assert spec.action_set[14].tolist() == [0, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    None,
+    'no JSON',
+    '5',
+    '[]',
+    '[[0, 0, 0, 1, 0, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 2, 0, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0.5, 0, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], "0001000"]',
+    '{"a": 1, "b": 2}',
+  ],
+)
+def test_dmlab_action_set_that_can_not_be_gets_one_sentence(tmp_path, content):
+  path = tmp_path / 'actions.json'
+  if content is not None:
+    path.write_text(content)
+  sentence = _refusal_of_actions(str(path))
+  assert f'--dmlab_action_set={path}' in sentence
+  assert ('must have a list' in sentence) == (content is not None)
+
+
+def _refusal_of_actions(path):
+  with pytest.raises(ValueError, match='--dmlab_action_set') as error:
+    dmlab_choices.action_set(path)
+  assert '\n' not in str(error.value)
+  return str(error.value)
 
 
 def test_dmlab_that_is_not_installed(monkeypatch):

@@ -24,11 +24,13 @@ _ALLOWED = {
   'action_sets': set(),
   'environments': {
     'action_sets',
+    'dmlab_choices',
     'dmlab_maps',
     'gym_kinds',
     'native',
     'py_process',
   },
+  'dmlab_choices': set(),
   'dmlab_maps': set(),
   'gym_kinds': set(),
   'agent': {'convolution', 'native', 'popart', 'private_apis'},
