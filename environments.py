@@ -17,6 +17,7 @@ offers class methods:
 
   describe(level, settings) -> EnvironmentSpec
   create(level, seed, settings, spec) -> PyProcess
+  level_arguments(level) -> dict, the constructor's arguments that depend on it
   picture(frame, spec) -> the frame for people, uint8 [height, width, 1 or 3]
 
 The libraries of the environments are imported in their processes alone.
@@ -195,6 +196,8 @@ _DMLAB30 = 'contributed/dmlab30/'
 class PyProcessDmLab:
   """A level of DeepMind Lab."""
 
+  MEGABYTES = 200  # Of a process, about.
+
   def __init__(
     self,
     level,
@@ -351,6 +354,11 @@ class PyProcessDmLab:
     finally:
       process.close()
 
+  @staticmethod
+  def level_arguments(level):
+    """See the module."""
+    return {'level': level}
+
   @classmethod
   def create(cls, level, seed, settings, spec):
     """See the module."""
@@ -411,6 +419,8 @@ class GymEnvironment:
 
   Its class decides how it is played, and not its name: see `gym_kinds`.
   """
+
+  MEGABYTES = None  # Of a process: nobody knows.
 
   # The names under which libraries keep the image in a dict of observations.
   _IMAGE_KEYS = ('screen', 'rgb', 'image', 'pixels', 'frame', 'obs')
@@ -609,12 +619,17 @@ class GymEnvironment:
     """See the module."""
     return cls._process(level, seed, settings, *spec.frame_shape)
 
+  @staticmethod
+  def level_arguments(level):
+    """See the module."""
+    level, arguments = gym_kinds.parse_level(level)
+    return {'level': level, 'arguments': arguments}
+
   @classmethod
   def _process(cls, level, seed, settings, height, width, num_channels=None):
-    level, arguments = gym_kinds.parse_level(level)
     return py_process.PyProcess(
       cls,
-      level=level,
+      **cls.level_arguments(level),
       num_action_repeats=settings.num_action_repeats,
       seed=seed,
       height=height,
@@ -622,7 +637,6 @@ class GymEnvironment:
       num_channels=num_channels,
       is_test=settings.is_test,
       full_action_set=settings.full_action_set,
-      arguments=arguments,
     )
 
 

@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 
+import numpy as np
 from absl import app, flags
 
 import quiet
@@ -66,6 +67,7 @@ with quiet.start():
   )
   from errors import UserError, explain
   from learner_loop import SESSION_LOST, LearnerLoop, SessionLost
+  from level_assignment import LevelAssignment
   from map_compiler import MapCompiler
   from metrics import Metrics
   from player import Player
@@ -279,6 +281,14 @@ flags.DEFINE_boolean(
   'While an episode of DeepMind Lab is played, compile the map of the next one '
   'in another process: as many at once as there are cores, each with the '
   'memory of an environment.',
+)
+flags.DEFINE_enum(
+  'level_assignment',
+  'round_robin',
+  ['round_robin', 'balanced'],
+  'Which levels of a suite actors play: each the same one, in turn, as in the '
+  'paper; or, at the end of an episode, one that is behind in frames, so that '
+  'slow levels get more actors and all the same number of frames.',
 )
 flags.DEFINE_integer(
   'max_environment_restarts',
@@ -1018,7 +1028,16 @@ def _create_processes(game, count, seed_of=_environment_seed):
   return create_processes(game, count, seed_of, _first_environment())
 
 
-def _build_actor_for(game, agent, processes, noise_seeds=None):
+def _assign_levels(game, num_actors):
+  return LevelAssignment(
+    len(game.levels),
+    num_actors,
+    _first_environment(),
+    balances=FLAGS.level_assignment == 'balanced',
+  )
+
+
+def _build_actor_for(game, agent, processes, noise_seeds=None, assignment=None):
   """Builds the one graph of all actors, and the placeholder of their index.
 
   Args:
@@ -1026,26 +1045,30 @@ def _build_actor_for(game, agent, processes, noise_seeds=None):
     agent: `Agent`.
     processes: list of `PyProcess`, made by `_create_processes`.
     noise_seeds: for `build_actor`, a list of ints, one for each process.
+    assignment: `LevelAssignment`, if levels may change.
   """
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
-  number = _first_environment() + index
-  level_names = levels.training_names(game.names)
-  level_name = tf.constant(level_names)[number % len(level_names)]
+  if assignment is None:
+    number = (_first_environment() + index) % len(game.names)
+  else:
+    # What it is when an unroll begins.
+    number = tf.numpy_function(
+      lambda i: np.int32(assignment.levels()[i]), [index], tf.int32
+    )
+  level_names = tf.constant(levels.training_names(game.names))
+  level_name = tf.reshape(tf.gather(level_names, number), [])
   noise_seed = None if noise_seeds is None else tf.constant(noise_seeds)[index]
   actor = build_actor(agent, env, level_name, game.spec.action_set, noise_seed)
   return actor, index
 
 
-def _actor_loops(game, actor, index, processes, fetches, on_unroll):
-  first = _first_environment()
-  level_names = [
-    game.names[(first + i) % len(game.names)] for i in range(len(processes))
-  ]
+def _actor_loops(game, actor, index, processes, fetches, on_unroll, assignment):
   return ActorLoops(
-    *(actor, index, processes, level_names, fetches, on_unroll),
+    *(actor, index, processes, game, assignment, fetches, on_unroll),
     max_restarts=FLAGS.max_environment_restarts,
     seed_of=_environment_seed,
+    unroll_length=FLAGS.unroll_length,
   )
 
 
@@ -1384,12 +1407,14 @@ def _prepare_alone(game):
   """Builds a `Training` whose actors run here."""
   agent = _new_agent(game)
   processes = _create_processes(game, FLAGS.num_actors)
-  actor, index = _build_actor_for(game, agent, processes)
+  assignment = _assign_levels(game, len(processes))
+  actor, index = _build_actor_for(game, agent, processes, None, assignment)
   unroll = build_unroll(actor)
   queue = build_queue(unroll)
   loops = _actor_loops(
     *(game, actor, index, processes, queue.enqueue(unroll)),
     lambda actor, values: True,
+    assignment,
   )
   devices = [None]
   if FLAGS.num_learners > 1:
@@ -1526,7 +1551,8 @@ def act():
   with _new_graph(tasks.actor_device()), stop_signals() as signals:
     agent = _new_agent(game)
     processes = _create_processes(game, FLAGS.environments_per_actor)
-    actor, index = _build_actor_for(game, agent, processes)
+    assignment = _assign_levels(game, len(processes))
+    actor, index = _build_actor_for(game, agent, processes, None, assignment)
     py_process.reserve_descriptors(len(processes))
     unroll = build_unroll(actor)
     tasks.place_variables(agent.variables)
@@ -1539,7 +1565,8 @@ def act():
       [*agent.variables, tf.train.get_global_step()],
     )
     loops = _actor_loops(
-      game, actor, index, processes, unroll, client.on_unroll
+      *(game, actor, index, processes, unroll, client.on_unroll),
+      assignment,
     )
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     try:
