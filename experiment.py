@@ -52,6 +52,7 @@ with quiet.start():
   import evaluation
   import levels
   import log_folder
+  import memory
   import popart
   import py_process
   import vtrace
@@ -1028,6 +1029,19 @@ def _create_processes(game, count, seed_of=_environment_seed):
   return create_processes(game, count, seed_of, _first_environment())
 
 
+def _warn_of_memory(game, count):
+  """Tells beforehand if so many environments don't fit into the memory."""
+  if game.family.MEGABYTES is None:
+    return
+  if game.settings.dmlab.compiles_ahead:
+    count += len(os.sched_getaffinity(0))
+  line = memory.describe_shortage(
+    count, game.family.MEGABYTES, 'environment processes', memory.free_bytes()
+  )
+  if line:
+    print_line(line)
+
+
 def _assign_levels(game, num_actors):
   return LevelAssignment(
     len(game.levels),
@@ -1406,6 +1420,7 @@ Training = collections.namedtuple('Training', 'actors update end_waits tasks')
 def _prepare_alone(game):
   """Builds a `Training` whose actors run here."""
   agent = _new_agent(game)
+  _warn_of_memory(game, FLAGS.num_actors)
   processes = _create_processes(game, FLAGS.num_actors)
   assignment = _assign_levels(game, len(processes))
   actor, index = _build_actor_for(game, agent, processes, None, assignment)
@@ -1550,6 +1565,7 @@ def act():
   tasks = _cluster()
   with _new_graph(tasks.actor_device()), stop_signals() as signals:
     agent = _new_agent(game)
+    _warn_of_memory(game, FLAGS.environments_per_actor)
     processes = _create_processes(game, FLAGS.environments_per_actor)
     assignment = _assign_levels(game, len(processes))
     actor, index = _build_actor_for(game, agent, processes, None, assignment)

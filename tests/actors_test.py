@@ -8,7 +8,9 @@ import sys
 import textwrap
 
 import pytest
+import tensorflow.compat.v1 as tf
 
+import actors
 import plot
 from helpers import ROOT, TESTS, TOY, checkpoint_step, run
 
@@ -147,6 +149,26 @@ def test_failure_at_the_first_start_is_told_with_actor_and_level(tmp_path):
     '--total_environment_frames=20',
   )
   assert code == 0, output
+
+
+def test_reports_tell_how_many_actors_have_begun():
+  loops = actors.ActorLoops(
+    *(None, None, [None] * 3, None, None, None),
+    on_unroll=lambda actor, values: False,  # It ends.
+    max_restarts=0,
+    seed_of=None,
+    unroll_length=1,
+  )
+  loops.coord = tf.train.Coordinator()
+  assert loops.membership() == (
+    {'actors_begun': 0},
+    ['actors: 0 of 3 have begun'],
+  )
+  for number in (2, 0):
+    loops._run(number, lambda actor: ['state'], lambda *_: (None, ['state']))
+  assert loops.membership()[1] == ['actors: 2 of 3 have begun']
+  loops._run(1, lambda actor: ['state'], lambda *_: (None, ['state']))
+  assert loops.membership() == ({'actors_begun': 3}, [])
 
 
 # Its first level takes no time, its second 20 ms for a step; episodes of both

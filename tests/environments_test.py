@@ -590,6 +590,32 @@ def test_dmlab_missing_image_aborts_the_process_but_a_dummy_needs_none(
     process.call('initial')
 
 
+@needs_stand_in
+def test_dmlab_process_goes_on_with_another_level(lab, seeds, tmp_path):
+  few = {'num_maps': 2, 'maps_seed': 3}
+  with _playing(
+    _EXPLORE,
+    height=5,
+    width=7,
+    level_cache_dir=str(tmp_path),
+    **_chosen(**few),
+  ) as process:
+    process.call('initial')
+    arguments = environments.PyProcessDmLab.level_arguments(_LANGUAGE)
+    process.restart(seed=8, **arguments)
+    frame, instruction = process.call('initial')
+  _dmlab(
+    _LANGUAGE,
+    seed=8,
+    level_cache=environments.LocalLevelCache(str(tmp_path)),
+    **few,
+  ).initial()
+  (seed,) = seeds
+  assert seed in dmlab_maps.map_seeds(_LANGUAGE, 3, 2)
+  np.testing.assert_array_equal(frame, lab.frame(_LANGUAGE, seed, 0, 5, 7))
+  assert instruction.decode() == lab.instruction(_LANGUAGE, seed)
+
+
 # --- What can be chosen for DeepMind Lab ---
 
 
