@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Memory of this machine: how much is free, and whether processes fit into it."""
+"""Memory of this machine: how much is free, and whether processes fit in."""
 
 import contextlib
 import os
