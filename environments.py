@@ -20,6 +20,8 @@ offers class methods:
   level_arguments(level) -> dict, the constructor's arguments that depend on it
   picture(frame, spec) -> the frame for people, uint8 [height, width, 1 or 3]
 
+and the constant `MEGABYTES`, what a process takes, None if it isn't known.
+
 The libraries of the environments are imported in their processes alone.
 
 Three things may end. `done`: what follows has no value for what came before,
@@ -196,7 +198,7 @@ _DMLAB30 = 'contributed/dmlab30/'
 class PyProcessDmLab:
   """A level of DeepMind Lab."""
 
-  MEGABYTES = 200  # Of a process, about.
+  MEGABYTES = 200
 
   def __init__(
     self,
@@ -398,7 +400,7 @@ def _maps_name(level, config):
   settings = {
     key: value
     for key, value in config.items()
-    if key not in ('height', 'width', 'logLevel')
+    if key not in ('datasetPath', 'height', 'logLevel', 'width')
   }
   return json.dumps([level, settings], sort_keys=True)
 
@@ -420,7 +422,7 @@ class GymEnvironment:
   Its class decides how it is played, and not its name: see `gym_kinds`.
   """
 
-  MEGABYTES = None  # Of a process: nobody knows.
+  MEGABYTES = None  # Each environment has its own.
 
   # The names under which libraries keep the image in a dict of observations.
   _IMAGE_KEYS = ('screen', 'rgb', 'image', 'pixels', 'frame', 'obs')

@@ -323,14 +323,22 @@ def test_dmlab_compiles_a_map_beforehand_unless_it_is_there(
   env = _dmlab(_EXPLORE, level_cache=cache, num_maps=2)
   assert [env.compile_map(np.int64(seed)) for seed in (4, 6, 4)] == [1, 1, 1]
   assert seeds == [4, 6]
-  # Another size shows the same map, another level another one.
+  # Another size or data set shows the same map, another level another one.
+  config = {'width': 20, 'datasetPath': 'dummy'}
   large = environments.PyProcessDmLab(
-    _EXPLORE, {'width': 20}, 4, 1, level_cache=cache, num_maps=2
+    _EXPLORE, config, 4, 1, level_cache=cache, num_maps=2
   )
   assert large.compile_map(4) == 1
   assert seeds == [4, 6]
   other = _dmlab(_LANGUAGE, level_cache=cache, num_maps=2)
   assert other.compile_map(4) == 1
+  assert seeds == [4, 6, 4]
+  # As does another setting.
+  faster = environments.PyProcessDmLab(
+    _EXPLORE, {'fps': 30}, 4, 1, level_cache=cache, num_maps=2
+  )
+  assert faster.compile_map(4) == 1
+  assert seeds.pop() == 4
   assert seeds == [4, 6, 4]
   for path in tmp_path.glob('*.map'):
     path.unlink()
