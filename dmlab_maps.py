@@ -23,6 +23,8 @@ import zlib
 
 import numpy as np
 
+import py_process
+
 _MAP = '.map'  # A compiled map, with its digest behind.
 _KEYS = '.keys'  # The keys of the maps with which an episode begins.
 _TEMPORARY = '.tmp'  # What is being written, or was when its process died.
@@ -382,7 +384,7 @@ class AheadCompiler:
       env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
     )
     with contextlib.suppress(BrokenPipeError), self._process.stdin as file:
-      pickle.dump((*self._arguments, seed), file)
+      pickle.dump((os.getpid(), *self._arguments, seed), file)
 
 
 def _take_slot():
@@ -399,8 +401,10 @@ def _take_slot():
 
 def compile_one():
   """Compiles the map that an `AheadCompiler` describes on standard input."""
+  parent, level, options, runfiles_path, seed = pickle.load(sys.stdin.buffer)
+  # However the environment ends: it may be killed.
+  py_process.die_with(parent)
   os.nice(_NICENESS)
-  level, options, runfiles_path, seed = pickle.load(sys.stdin.buffer)
   import deepmind_lab
 
   if runfiles_path:

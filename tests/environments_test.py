@@ -29,6 +29,7 @@ import environments
 import gym_kinds
 import py_process
 import vtrace
+from helpers import alive
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _STAND_IN = os.path.join(_FOLDER, 'fake_deepmind_lab', 'deepmind_lab.py')
@@ -479,6 +480,47 @@ def test_dmlab_compilation_ahead_has_lower_priority_and_ends_with_it(
     time.sleep(0.01)
   env.close()
   assert process.returncode == -signal.SIGKILL
+
+
+@needs_stand_in
+def test_dmlab_compilation_ahead_dies_with_an_environment_that_is_killed(
+  tmp_path,
+):
+  code = """
+    import os, sys, time
+    import numpy as np
+    import dmlab_maps, environments
+    dmlab_maps._SLOT = f'\\0impala-test-{os.getpid()}-{{user}}-{{number}}'
+    env = environments.PyProcessDmLab(
+      sys.argv[1], {'width': 7, 'height': 5}, 4, 1,
+      level_cache=environments.LocalLevelCache(sys.argv[2]),
+      compiles_ahead=True,
+    )
+    env.initial()
+    os.environ['FAKE_DMLAB_COMPILE_SECONDS'] = '1000'
+    env.step(np.zeros([7], np.intc))
+    process = env._episodes._ahead._process
+    while os.getpriority(os.PRIO_PROCESS, process.pid) != 5 + os.nice(0):
+      time.sleep(0.01)
+    print(process.pid, flush=True)
+    time.sleep(1000)
+  """
+  folders = [os.path.dirname(environments.__file__), os.path.dirname(_STAND_IN)]
+  with subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(code), _EXPLORE, tmp_path],
+    stdout=subprocess.PIPE,
+    env={**os.environ, 'PYTHONPATH': os.pathsep.join(folders)},
+  ) as process:
+    pid = int(process.stdout.readline())
+    process.kill()
+  deadline = time.monotonic() + _PATIENCE
+  try:
+    while alive(pid):
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
 
 
 @needs_stand_in

@@ -31,7 +31,7 @@ _ALLOWED = {
     'py_process',
   },
   'dmlab_choices': set(),
-  'dmlab_maps': set(),
+  'dmlab_maps': {'native', 'py_process'},
   'gym_kinds': set(),
   'agent': {'convolution', 'native', 'popart', 'private_apis'},
 }
