@@ -1059,11 +1059,11 @@ def _build_actor_for(game, agent, processes, noise_seeds=None, assignment=None):
     agent: `Agent`.
     processes: list of `PyProcess`, made by `_create_processes`.
     noise_seeds: for `build_actor`, a list of ints, one for each process.
-    assignment: `LevelAssignment`, if levels may change.
+    assignment: `LevelAssignment` of the actors; None if levels never change.
   """
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
-  if assignment is None:
+  if assignment is None or not assignment.balances:
     number = (_first_environment() + index) % len(game.names)
   else:
     # What it is when an unroll begins.

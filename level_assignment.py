@@ -30,7 +30,7 @@ class LevelAssignment:
         program have played.
     """
     self._levels = [(first + i) % num_levels for i in range(num_actors)]
-    self._balances = balances
+    self.balances = balances
     self._frames = [0] * num_levels
     self._num_episodes = 0
     self._lock = threading.Lock()
@@ -57,7 +57,7 @@ class LevelAssignment:
       self._frames[own] += frames
       self._num_episodes += bool(has_ended)
       total = sum(self._frames)
-      if not (self._balances and has_ended) or (
+      if not (self.balances and has_ended) or (
         self._frames[own] <= _AHEAD * total / len(self._frames)
       ):
         return None
