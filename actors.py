@@ -67,11 +67,13 @@ class ActorLoops(Actors):
     actor,
     index,
     processes,
-    level_names,
+    game,
+    assignment,
     fetches,
     on_unroll,
     max_restarts,
     seed_of,
+    unroll_length,
   ):
     """Prepares the loops; the session's start starts them.
 
@@ -79,29 +81,40 @@ class ActorLoops(Actors):
       actor: `ActorGraph`.
       index: int placeholder, which actor runs.
       processes: list of `PyProcess`, one per actor.
-      level_names: list of their levels' names.
+      game: `levels.Game`.
+      assignment: `LevelAssignment` of the actors.
       fetches: nest of tensors and ops to run with each unroll.
       on_unroll: function of the actor's index and the values of `fetches`,
         called after each unroll; says whether the actor goes on.
       max_restarts: int, how often the process of an actor may be restarted,
         after it died, raised, or took too long.
-      seed_of: function of an actor's index and the number of its restarts, that
-        returns the seed of its environment.
+      seed_of: function of an actor's index and the number of starts of its
+        process before, that returns the seed of its environment.
+      unroll_length: int, agent steps of an unroll.
     """
     self._actor = actor
     self._index = index
     self.processes = processes
-    self._level_names = level_names
+    self._game = game
+    self._assignment = assignment
     self._fetches = fetches
     self._on_unroll = on_unroll
     self._max_restarts = max_restarts
     self._seed_of = seed_of
+    self._unroll_length = unroll_length
     self._restarts = [0] * len(processes)
+    self._moves = [0] * len(processes)
+    self._begun = set()  # Whose first episode has begun.
 
   def statistics(self):
     return ActorStatistics(
       sum(self._restarts), *self.session.run(self._actor.inference_statistics)
     )
+
+  def membership(self):
+    begun, total = len(self._begun), len(self.processes)
+    lines = [f'actors: {begun} of {total} have begun'] if begun < total else []
+    return {'actors_begun': begun}, lines
 
   def close(self, goes_on=False):
     del goes_on  # The processes end in any case.
@@ -137,6 +150,7 @@ class ActorLoops(Actors):
     while not self.coord.should_stop():
       try:
         state = state or start(actor)
+        self._begun.add(actor)
         values, state = unroll(actor, *state)
       except tf.errors.OpError as error:
         if self.coord.should_stop():
@@ -147,6 +161,39 @@ class ActorLoops(Actors):
       else:
         if not self._on_unroll(actor, values):
           return
+        state = self._move(actor, state)
+
+  def _move(self, actor, state):
+    """Starts another level if it is the actor's turn.
+
+    Args:
+      actor: int.
+      state: of the actor, flat.
+
+    Returns:
+      The state with which it goes on, None to begin an episode.
+    """
+    env_state = tf.nest.pack_sequence_as(self._actor.state, state).env_state
+    level = self._assignment.after_unroll(
+      actor,
+      self._unroll_length * self._game.settings.num_action_repeats,
+      # Its steps are those since the last end.
+      has_ended=env_state.episode_step < self._unroll_length,
+    )
+    if level is None:
+      return state
+    self._moves[actor] += 1
+    arguments = self._game.family.level_arguments(self._game.levels[level])
+    try:
+      self.processes[actor].restart(seed=self._seed(actor), **arguments)
+    except py_process.ProcessError as error:
+      if not self.coord.should_stop():
+        self._recover(actor, error, None)
+    return None
+
+  def _seed(self, actor):
+    """Returns the seed of the actor's process: each start has its own."""
+    return self._seed_of(actor, self._restarts[actor] + self._moves[actor])
 
   def _recover(self, actor, error, state):
     """Restarts the actor's process if it failed, else raises the error."""
@@ -170,7 +217,7 @@ class ActorLoops(Actors):
       )
       try:
         # With the old seed, it would play the same episodes again.
-        process.restart(seed=self._seed_of(actor, self._restarts[actor]))
+        process.restart(seed=self._seed(actor))
         return
       except py_process.ProcessError as another:
         if self.coord.should_stop():
@@ -189,10 +236,10 @@ class ActorLoops(Actors):
     if state is not None:
       env_state = tf.nest.pack_sequence_as(self._actor.state, state).env_state
       where = f'in the unroll from step {env_state.episode_step} of a game on'
-    seed = self._seed_of(actor, self._restarts[actor])
+    name = self._game.names[self._assignment.levels()[actor]]
     return (
-      f'The environment process of actor {actor} ({self._level_names[actor]}, '
-      f'seed {seed}), {where}, {reason}.'
+      f'The environment process of actor {actor} ({name}, seed '
+      f'{self._seed(actor)}), {where}, {reason}.'
     )
 
 

@@ -159,8 +159,8 @@ class Cluster:
       config: `tf.ConfigProto`.
       with_learners: whether the session is over the learners as well, or over
         this task alone.
-      as_newcomer: whether this task is not to have its name in it. A new
-        session ends those that another task of the same name has.
+      as_newcomer: whether an actor task is to have another name than its own. A
+        new session ends those of another task that has its name.
 
     Returns:
       Its target, and its `tf.ConfigProto`.
@@ -176,12 +176,10 @@ class Cluster:
       ):
         target = f'grpc://{self.address}'
     # TensorFlow finds this task among them by the target.
-    name = (
-      ('newcomer', random.getrandbits(31))
-      if as_newcomer
-      else (self.job, self.task)
-    )
-    tasks[name[0]][name[1]] = target.removeprefix('grpc://')
+    job, task = self.job, self.task
+    if as_newcomer and job == 'actor':
+      job, task = 'newcomer', random.getrandbits(31)
+    tasks[job][task] = target.removeprefix('grpc://')
     config = _with_shared_state(config)
     config.cluster_def.CopyFrom(tf.train.ClusterSpec(tasks).as_cluster_def())
     return target, config
@@ -922,7 +920,8 @@ def _close(session):
 
   def close():
     with contextlib.suppress(*LEARNER_GONE, *_PERHAPS_GONE):
-      session.close()
+      if session is not None:  # It never was there.
+        session.close()
 
   thread = threading.Thread(target=close, daemon=True)
   thread.start()

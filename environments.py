@@ -17,7 +17,10 @@ offers class methods:
 
   describe(level, settings) -> EnvironmentSpec
   create(level, seed, settings, spec) -> PyProcess
+  level_arguments(level) -> dict, the constructor's arguments that depend on it
   picture(frame, spec) -> the frame for people, uint8 [height, width, 1 or 3]
+
+and the constant `MEGABYTES`, what a process takes, None if it isn't known.
 
 The libraries of the environments are imported in their processes alone.
 
@@ -56,23 +59,30 @@ per episode that was cut off, which counts as frames of the training.
 """
 
 import collections
-import contextlib
 import importlib
 import importlib.util
 import json
-import logging
 import os
-import shutil
+import re
 import sys
 import tempfile
-import uuid
 import warnings
 
 import numpy as np
 
 import action_sets
+import dmlab_choices
 import gym_kinds
 import py_process
+from dmlab_choices import DEFAULT_ACTION_SET as DEFAULT_ACTION_SET
+from dmlab_choices import DmLabSettings
+from dmlab_maps import (
+  AheadCompiler,
+  Episodes,
+  LocalLevelCache,
+  episode_seeds,
+  map_seeds,
+)
 
 # What an environment says of itself in the graph, one entry per agent step or,
 # where `truncated`, for a reset after an episode was cut off: see above. Where
@@ -113,8 +123,9 @@ Settings = collections.namedtuple(
     'level_cache_dir',  # Folder for DeepMind Lab's compiled maps.
     'is_test',  # Whether a single episode is played for evaluation.
     'full_action_set',  # Whether Atari games have all 18 actions.
+    'dmlab',  # `DmLabSettings`.
   ],
-  defaults=[False],
+  defaults=[False, DmLabSettings()],
 )
 
 
@@ -177,67 +188,17 @@ def _specs(method_name, frame_shape):
 
 # --- DeepMind Lab -----------------------------------------------------------
 
-# The nine actions of the paper's table D.2, in DeepMind Lab's seven dimensions:
-# look left/right, look down/up, strafe, move, fire, jump, crouch.
-DEFAULT_ACTION_SET = (
-  (0, 0, 0, 1, 0, 0, 0),  # Forward.
-  (0, 0, 0, -1, 0, 0, 0),  # Backward.
-  (0, 0, -1, 0, 0, 0, 0),  # Strafe left.
-  (0, 0, 1, 0, 0, 0, 0),  # Strafe right.
-  (-20, 0, 0, 0, 0, 0, 0),  # Look left.
-  (20, 0, 0, 0, 0, 0, 0),  # Look right.
-  (-20, 0, 0, 1, 0, 0, 0),  # Look left and move forward.
-  (20, 0, 0, 1, 0, 0, 0),  # Look right and move forward.
-  (0, 0, 0, 0, 1, 0, 0),  # Fire.
-)
-
 # Evaluation mixes its own seed into DeepMind Lab's random levels, so that no
 # test episode was seen in training.
 _TEST_MIXER_SEED = 0x600D5EED
 
-_LEVELS_WITH_DATA = (
-  'psychlab_arbitrary_visuomotor_mapping',
-  'psychlab_continuous_recognition',
-)
-
-
-class LocalLevelCache:
-  """Keeps DeepMind Lab's compiled maps in a folder that processes share.
-
-  Compiling one takes 4-30 s, fetching it half a second.
-  """
-
-  def __init__(self, cache_dir):
-    self._cache_dir = cache_dir
-
-  def fetch(self, key, pk3_path):
-    """Copies the map `key` to the file `pk3_path`; returns whether it could."""
-    try:
-      shutil.copyfile(os.path.join(self._cache_dir, key), pk3_path)
-    except OSError:
-      return False
-    return True
-
-  def write(self, key, pk3_path):
-    """Stores the file `pk3_path` as the map `key`."""
-    path = os.path.join(self._cache_dir, key)
-    if os.path.exists(path):
-      return
-    # Another process may read or write the same key: it must see all or nothing
-    # of the file, and a full disk must not end the training.
-    temporary = f'{path}.{uuid.uuid4().hex}'
-    try:
-      os.makedirs(self._cache_dir, exist_ok=True)
-      shutil.copyfile(pk3_path, temporary)
-      os.replace(temporary, path)
-    except OSError as error:
-      logging.getLogger(__name__).warning('Map not cached: %s', error)
-      with contextlib.suppress(OSError):
-        os.unlink(temporary)
+_DMLAB30 = 'contributed/dmlab30/'
 
 
 class PyProcessDmLab:
   """A level of DeepMind Lab."""
+
+  MEGABYTES = 200
 
   def __init__(
     self,
@@ -248,6 +209,10 @@ class PyProcessDmLab:
     runfiles_path=None,
     level_cache=None,
     is_test=False,
+    num_maps=0,
+    maps_seed=0,
+    compiles_ahead=False,
+    renderer='software',
   ):
     """Starts DeepMind Lab.
 
@@ -259,6 +224,12 @@ class PyProcessDmLab:
       runfiles_path: folder with DeepMind Lab's files, None for its own.
       level_cache: object with `fetch` and `write`, e.g. `LocalLevelCache`.
       is_test: whether a single episode is played.
+      num_maps: of so many seeds those of the episodes are, 0 for any. This and
+        `compiles_ahead` need a `LocalLevelCache`.
+      maps_seed: int, which seeds these are, together with the level.
+      compiles_ahead: whether the next episode's map is compiled by another
+        process while an episode is played.
+      renderer: 'software' or 'hardware'.
     """
     import deepmind_lab
 
@@ -269,10 +240,10 @@ class PyProcessDmLab:
     self._num_steps = 0
     self._is_test = is_test
     self._is_over = False
-    self._random_state = np.random.RandomState(seed)
+    config = {key: str(value) for key, value in config.items()}
     options = {
-      'config': {key: str(value) for key, value in config.items()},
-      'renderer': 'software',
+      'config': config,
+      'renderer': renderer,
       'temp_folder': tempfile.gettempdir(),
     }
     if level_cache is not None:
@@ -285,11 +256,17 @@ class PyProcessDmLab:
     except ValueError:  # Some demo levels have no instruction.
       self._has_instruction = False
       self._env = deepmind_lab.Lab(level, ['RGB_INTERLEAVED'], **options)
+    self._episodes = Episodes(
+      self._env,
+      episode_seeds(seed, map_seeds(level, maps_seed, num_maps), is_test),
+      level_cache if num_maps or compiles_ahead else None,
+      _maps_name(level, config) if num_maps else None,
+      AheadCompiler(level, options, runfiles_path) if compiles_ahead else None,
+    )
 
   def initial(self):
     """Starts an episode and returns its first observation."""
-    # A Python int: DeepMind Lab refuses NumPy's.
-    self._env.reset(seed=int(self._random_state.randint(0, 2**31 - 1)))
+    self._episodes.begin()
     self._num_steps = 0
     self._shown = self._observation()
     return self._shown
@@ -298,6 +275,7 @@ class PyProcessDmLab:
     """Repeats `action`, an array [7]; returns (reward, done, observation)."""
     if self._is_over:
       return 0.0, False, self._shown
+    self._episodes.step()
     reward = self._env.step(
       np.asarray(action, np.intc), num_steps=self._num_action_repeats
     )
@@ -313,7 +291,12 @@ class PyProcessDmLab:
       self.initial()
     return reward, done, self._shown
 
+  def compile_map(self, seed):
+    """Puts the maps of an episode into the cache; returns their number."""
+    return self._episodes.compile(int(seed))
+
   def close(self):
+    self._episodes.close()
     self._env.close()
 
   def _observation(self):
@@ -324,6 +307,8 @@ class PyProcessDmLab:
   @staticmethod
   def _tensor_specs(method_name, kwargs, constructor_kwargs):
     del kwargs
+    if method_name == 'compile_map':
+      return py_process.ArraySpec((), np.int32)
     # DeepMind Lab's own size, where none is asked for, is 320x240.
     size = {'height': 240, 'width': 320, **constructor_kwargs['config']}
     frame_shape = (int(size['height']), int(size['width']), 3)
@@ -335,8 +320,8 @@ class PyProcessDmLab:
     del spec
     return frame
 
-  @staticmethod
-  def describe(level, settings):
+  @classmethod
+  def describe(cls, level, settings):
     """See the module; raises ValueError if the level can't be played."""
     if importlib.util.find_spec('deepmind_lab') is None:
       raise ValueError(
@@ -344,26 +329,50 @@ class PyProcessDmLab:
         'as the Dockerfile shows, or choose a level that runs now, e.g. '
         '--level_name=gym:VizdoomBasic-v1.'
       )
-    if os.path.basename(level) in _LEVELS_WITH_DATA and not os.path.isdir(
-      settings.dataset_path
-    ):
-      raise ValueError(
-        f'Level {level!r} needs a data set, but --dataset_path='
-        f'{settings.dataset_path!r} is not a folder: get the data as DeepMind '
-        "Lab's documentation of Psychlab says, and pass its folder."
-      )
-    return EnvironmentSpec(
-      np.array(DEFAULT_ACTION_SET, np.intc),
+    dmlab_choices.check_dataset(level, settings.dataset_path)
+    spec = EnvironmentSpec(
+      np.array(dmlab_choices.action_set(settings.dmlab.action_set), np.intc),
       (settings.height or 72, settings.width or 96, 3),
     )
+    chosen = settings.dmlab
+    if not level.startswith(_DMLAB30) or (
+      chosen.level_settings
+      or chosen.runfiles_path
+      or chosen.renderer != 'software'
+    ):
+      cls._probe(level, settings, spec)
+    return spec
+
+  @classmethod
+  def _probe(cls, level, settings, spec):
+    """Raises ValueError if DeepMind Lab does not take what the user chose."""
+    process = cls.create(level, 0, settings, spec)
+    try:
+      process.start()
+    except py_process.ProcessError as error:
+      raise ValueError(
+        f'Level {level!r} can not be played: {_reason(error)}.'
+      ) from None
+    finally:
+      process.close()
+
+  @staticmethod
+  def level_arguments(level):
+    """See the module."""
+    return {'level': level}
 
   @classmethod
   def create(cls, level, seed, settings, spec):
     """See the module."""
     height, width, _ = spec.frame_shape
-    config = {'height': height, 'width': width, 'logLevel': 'WARN'}
+    config = {
+      'logLevel': 'WARN',
+      **dmlab_choices.level_settings(settings.dmlab.level_settings),
+      'height': height,
+      'width': width,
+    }
     if settings.dataset_path:
-      config['datasetPath'] = os.path.abspath(settings.dataset_path)
+      config['datasetPath'] = dmlab_choices.dataset(settings.dataset_path)
     if settings.is_test:
       config['allowHoldOutLevels'] = 'true'
       config['mixerSeed'] = _TEST_MIXER_SEED
@@ -373,9 +382,27 @@ class PyProcessDmLab:
       config,
       settings.num_action_repeats,
       seed,
-      level_cache=LocalLevelCache(os.path.abspath(settings.level_cache_dir)),
+      runfiles_path=settings.dmlab.runfiles_path or None,
+      renderer=settings.dmlab.renderer,
+      level_cache=LocalLevelCache(
+        os.path.abspath(settings.level_cache_dir),
+        settings.dmlab.level_cache_bytes,
+      ),
       is_test=settings.is_test,
+      num_maps=0 if settings.is_test else settings.dmlab.num_maps,
+      maps_seed=settings.dmlab.maps_seed,
+      compiles_ahead=settings.dmlab.compiles_ahead and not settings.is_test,
     )
+
+
+def _maps_name(level, config):
+  """Returns the name of all but the seed that a level's maps depend on."""
+  settings = {
+    key: value
+    for key, value in config.items()
+    if key not in ('datasetPath', 'height', 'logLevel', 'width')
+  }
+  return json.dumps([level, settings], sort_keys=True)
 
 
 # --- Gymnasium --------------------------------------------------------------
@@ -385,7 +412,8 @@ def _reason(error):
   """Returns why a `ProcessError` came, on one line."""
   failure = py_process.failure(error)
   text = failure.reason.partition(':\n')[2] or failure.reason
-  return ' '.join(text.split()).removeprefix('ValueError: ').rstrip('.')
+  text = re.sub(r'^(Value|Runtime)Error: ', '', ' '.join(text.split()))
+  return text.rstrip('.')
 
 
 class GymEnvironment:
@@ -393,6 +421,8 @@ class GymEnvironment:
 
   Its class decides how it is played, and not its name: see `gym_kinds`.
   """
+
+  MEGABYTES = None  # Each environment has its own.
 
   # The names under which libraries keep the image in a dict of observations.
   _IMAGE_KEYS = ('screen', 'rgb', 'image', 'pixels', 'frame', 'obs')
@@ -591,12 +621,17 @@ class GymEnvironment:
     """See the module."""
     return cls._process(level, seed, settings, *spec.frame_shape)
 
+  @staticmethod
+  def level_arguments(level):
+    """See the module."""
+    level, arguments = gym_kinds.parse_level(level)
+    return {'level': level, 'arguments': arguments}
+
   @classmethod
   def _process(cls, level, seed, settings, height, width, num_channels=None):
-    level, arguments = gym_kinds.parse_level(level)
     return py_process.PyProcess(
       cls,
-      level=level,
+      **cls.level_arguments(level),
       num_action_repeats=settings.num_action_repeats,
       seed=seed,
       height=height,
@@ -604,7 +639,6 @@ class GymEnvironment:
       num_channels=num_channels,
       is_test=settings.is_test,
       full_action_set=settings.full_action_set,
-      arguments=arguments,
     )
 
 

@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 
+import numpy as np
 from absl import app, flags
 
 import quiet
@@ -51,6 +52,7 @@ with quiet.start():
   import evaluation
   import levels
   import log_folder
+  import memory
   import py_process
   from actors import ActorLoops, create_processes, draw_seeds
   from agent import Agent
@@ -65,6 +67,8 @@ with quiet.start():
   from errors import UserError, explain
   from learner import NOT_FINITE, Learner, LearnerSettings
   from learner_loop import SESSION_LOST, LearnerLoop, SessionLost
+  from level_assignment import LevelAssignment
+  from map_compiler import MapCompiler
   from metrics import Metrics
   from player import Player
   from unrolls import ActorOutput, build_queue, build_unroll
@@ -75,7 +79,11 @@ FLAGS = flags.FLAGS
 
 # What to run, and where.
 flags.DEFINE_enum(
-  'mode', 'train', ['train', 'test'], 'Train an agent, or play with it.'
+  'mode',
+  'train',
+  ['train', 'test', 'compile_maps'],
+  'Train an agent, play with it, or compile the --dmlab_maps of each level of '
+  'DeepMind Lab before a training.',
 )
 flags.DEFINE_string(
   'logdir',
@@ -218,12 +226,68 @@ flags.DEFINE_integer(
   lower_bound=1,
 )
 flags.DEFINE_string(
-  'dataset_path', '', "Folder with the data of DeepMind Lab's psychlab levels."
+  'dataset_path',
+  '',
+  "Folder with the images 0001.png to 2400.png of DeepMind Lab's psychlab "
+  'levels; or dummy, for plain colours in their place.',
 )
 flags.DEFINE_string(
   'level_cache_dir',
   '~/.cache/impala/dmlab_maps',
   "Folder for DeepMind Lab's compiled maps, shared by all its processes.",
+)
+flags.DEFINE_float(
+  'level_cache_size_gb',
+  10,
+  'GB that the maps in --level_cache_dir take at most: those that were used '
+  'least recently are removed first. 0 is no bound.',
+  lower_bound=0,
+)
+flags.DEFINE_integer(
+  'dmlab_maps',
+  0,
+  "How many maps training plays on each of DeepMind Lab's levels, chosen by "
+  '--seed: once each was compiled, episodes begin at once. 0 is any number, a '
+  'new one for each episode. Tests play other maps.',
+  lower_bound=0,
+)
+flags.DEFINE_enum(
+  'renderer',
+  'software',
+  ['software', 'hardware'],
+  'What draws the frames of DeepMind Lab: the CPU, or a GPU through EGL.',
+)
+flags.DEFINE_string(
+  'dmlab_runfiles_path',
+  '',
+  "Folder with DeepMind Lab's own files, if they are not where its module is.",
+)
+flags.DEFINE_string(
+  'dmlab_settings',
+  '',
+  'Further settings of a level of DeepMind Lab, as key=value,key=value.',
+)
+flags.DEFINE_string(
+  'dmlab_action_set',
+  'paper',
+  "The actions in DeepMind Lab: the paper's nine; popart, the fifteen of "
+  'PopArt, which also look up and down, slower and faster; or a JSON file with '
+  'a list of lists of seven numbers.',
+)
+flags.DEFINE_boolean(
+  'dmlab_compile_ahead',
+  True,
+  'While an episode of DeepMind Lab is played, compile the map of the next one '
+  'in another process: as many at once as there are cores, each with the '
+  'memory of an environment.',
+)
+flags.DEFINE_enum(
+  'level_assignment',
+  'round_robin',
+  ['round_robin', 'balanced'],
+  'Which levels of a suite actors play: each the same one, in turn, as in the '
+  'paper; or, at the end of an episode, one that is behind in frames, so that '
+  'slow levels get more actors and all the same number of frames.',
 )
 flags.DEFINE_integer(
   'max_environment_restarts',
@@ -357,6 +421,7 @@ flags.DEFINE_float(
 # What an agent's inputs and the variables of its checkpoints depend on: a test,
 # or a training that goes on, can't have other values than the training had.
 _AGENT_FLAGS = (
+  'dmlab_action_set',
   'optimizer',
   'torso',
   'core',
@@ -387,9 +452,13 @@ _MACHINE_FLAGS = ('num_actors', 'precision')
 # learns: all others are its settings.
 _UPKEEP_FLAGS = (
   'dataset_path',
+  'dmlab_compile_ahead',
+  'dmlab_runfiles_path',
   'environment_timeout_secs',
   'level_cache_dir',
+  'level_cache_size_gb',
   'max_environment_restarts',
+  'renderer',
   'save_checkpoint_secs',
   'test_num_episodes',
 )
@@ -561,8 +630,22 @@ def _choose_game(num_actions=None):
     is_test=FLAGS.mode == 'test',
     # One agent plays all levels, and so plays each alone in the same way.
     full_action_set=suite or num_actions == _NUM_ATARI_ACTIONS,
+    dmlab=_dmlab_settings(),
   )
   return levels.choose_game(FLAGS.level_name, settings)
+
+
+def _dmlab_settings():
+  return environments.DmLabSettings(
+    level_cache_bytes=int(FLAGS.level_cache_size_gb * 1e9) or None,
+    num_maps=FLAGS.dmlab_maps,
+    maps_seed=FLAGS.seed,
+    renderer=FLAGS.renderer,
+    runfiles_path=FLAGS.dmlab_runfiles_path,
+    level_settings=FLAGS.dmlab_settings,
+    action_set=FLAGS.dmlab_action_set,
+    compiles_ahead=FLAGS.dmlab_compile_ahead and FLAGS.mode == 'train',
+  )
 
 
 @contextlib.contextmanager
@@ -612,7 +695,29 @@ def _create_processes(game, count, seed_of=_environment_seed):
   return create_processes(game, count, seed_of, _first_environment())
 
 
-def _build_actor_for(game, agent, processes, noise_seeds=None):
+def _warn_of_memory(game, count):
+  """Tells beforehand if so many environments don't fit into the memory."""
+  if game.family.MEGABYTES is None:
+    return
+  if game.settings.dmlab.compiles_ahead:
+    count += len(os.sched_getaffinity(0))
+  line = memory.describe_shortage(
+    count, game.family.MEGABYTES, 'environment processes', memory.free_bytes()
+  )
+  if line:
+    print_line(line)
+
+
+def _assign_levels(game, num_actors):
+  return LevelAssignment(
+    len(game.levels),
+    num_actors,
+    _first_environment(),
+    balances=FLAGS.level_assignment == 'balanced',
+  )
+
+
+def _build_actor_for(game, agent, processes, noise_seeds=None, assignment=None):
   """Builds the one graph of all actors, and the placeholder of their index.
 
   Args:
@@ -620,26 +725,30 @@ def _build_actor_for(game, agent, processes, noise_seeds=None):
     agent: `Agent`.
     processes: list of `PyProcess`, made by `_create_processes`.
     noise_seeds: for `build_actor`, a list of ints, one for each process.
+    assignment: `LevelAssignment` of the actors; None if levels never change.
   """
   index = tf.placeholder(tf.int32, [], 'actor')
   env = environments.FlowEnvironment(py_process.choose(processes, index))
-  number = _first_environment() + index
-  level_names = levels.training_names(game.names)
-  level_name = tf.constant(level_names)[number % len(level_names)]
+  if assignment is None or not assignment.balances:
+    number = (_first_environment() + index) % len(game.names)
+  else:
+    # What it is when an unroll begins.
+    number = tf.numpy_function(
+      lambda i: np.int32(assignment.levels()[i]), [index], tf.int32
+    )
+  level_names = tf.constant(levels.training_names(game.names))
+  level_name = tf.reshape(tf.gather(level_names, number), [])
   noise_seed = None if noise_seeds is None else tf.constant(noise_seeds)[index]
   actor = build_actor(agent, env, level_name, game.spec.action_set, noise_seed)
   return actor, index
 
 
-def _actor_loops(game, actor, index, processes, fetches, on_unroll):
-  first = _first_environment()
-  level_names = [
-    game.names[(first + i) % len(game.names)] for i in range(len(processes))
-  ]
+def _actor_loops(game, actor, index, processes, fetches, on_unroll, assignment):
   return ActorLoops(
-    *(actor, index, processes, level_names, fetches, on_unroll),
+    *(actor, index, processes, game, assignment, fetches, on_unroll),
     max_restarts=FLAGS.max_environment_restarts,
     seed_of=_environment_seed,
+    unroll_length=FLAGS.unroll_length,
   )
 
 
@@ -977,13 +1086,16 @@ Training = collections.namedtuple('Training', 'actors update end_waits tasks')
 def _prepare_alone(game):
   """Builds a `Training` whose actors run here."""
   agent = _new_agent(game)
+  _warn_of_memory(game, FLAGS.num_actors)
   processes = _create_processes(game, FLAGS.num_actors)
-  actor, index = _build_actor_for(game, agent, processes)
+  assignment = _assign_levels(game, len(processes))
+  actor, index = _build_actor_for(game, agent, processes, None, assignment)
   unroll = build_unroll(actor)
   queue = build_queue(unroll)
   loops = _actor_loops(
     *(game, actor, index, processes, queue.enqueue(unroll)),
     lambda actor, values: True,
+    assignment,
   )
   devices = [None]
   if FLAGS.num_learners > 1:
@@ -1121,8 +1233,10 @@ def act():
   tasks = _cluster()
   with _new_graph(tasks.actor_device()), stop_signals() as signals:
     agent = _new_agent(game)
+    _warn_of_memory(game, FLAGS.environments_per_actor)
     processes = _create_processes(game, FLAGS.environments_per_actor)
-    actor, index = _build_actor_for(game, agent, processes)
+    assignment = _assign_levels(game, len(processes))
+    actor, index = _build_actor_for(game, agent, processes, None, assignment)
     py_process.reserve_descriptors(len(processes))
     unroll = build_unroll(actor)
     tasks.place_variables(agent.variables)
@@ -1135,7 +1249,8 @@ def act():
       [*agent.variables, tf.train.get_global_step()],
     )
     loops = _actor_loops(
-      game, actor, index, processes, unroll, client.on_unroll
+      *(game, actor, index, processes, unroll, client.on_unroll),
+      assignment,
     )
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     try:
@@ -1329,6 +1444,41 @@ def _watch_test(loops, results, signals):
   console.close()
 
 
+# --- Maps ---------------------------------------------------------------------
+
+
+def compile_maps():
+  """Compiles the maps of a training; exits with code 1 if some are missing."""
+  if not FLAGS.dmlab_maps:
+    raise UserError(
+      '--mode=compile_maps needs --dmlab_maps, how many maps each level has in '
+      'the training.'
+    )
+  game = _choose_game()
+  if game.family is not environments.PyProcessDmLab:
+    raise UserError(
+      f'--mode=compile_maps is for levels of DeepMind Lab: {FLAGS.level_name} '
+      'has no maps to compile.'
+    )
+  with _new_graph(), stop_signals() as signals:
+    compiler = MapCompiler(game, num_workers=os.cpu_count() or 1)
+    console = Console(compiler.num_maps, 0, 'maps')
+    with compiler:
+      watch(
+        compiler.wait_for_end,
+        signals,
+        poll=lambda: console.progress(compiler.num_done),
+        report=lambda: console.report(compiler.num_done, []),
+      )
+    console.close()
+  for line in compiler.summary():
+    print_line(line)
+  if signals:
+    print_line('Interrupted: the same command compiles the rest.')
+  if not compiler.is_complete():
+    sys.exit(1)
+
+
 # --- Main -------------------------------------------------------------------
 
 
@@ -1338,7 +1488,8 @@ def _expand_paths():
   Raises:
     UserError: TensorFlow can't use the log folder's name.
   """
-  for name in ('logdir', 'checkpoint', 'video_dir', 'dataset_path'):
+  paths = ('logdir', 'checkpoint', 'video_dir', 'dataset_path')
+  for name in (*paths, 'dmlab_runfiles_path', 'dmlab_action_set'):
     FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
   for name in ('logdir', 'checkpoint'):
     path = FLAGS[name].value
@@ -1366,9 +1517,11 @@ def _check_flags():
       '--checkpoint is for --mode=test: training goes on from the last '
       'checkpoint in --logdir.'
     )
-  if FLAGS.mode == 'test':
+  if FLAGS.mode != 'train':
     if FLAGS.task != -1:
-      raise UserError('--task is for training: a test runs on one machine.')
+      raise UserError(
+        f'--task is for training: --mode={FLAGS.mode} runs on one machine.'
+      )
     return
   num_replayed = _learner().num_replayed
   if FLAGS.replay_proportion and not 0 < num_replayed < FLAGS.batch_size:
@@ -1496,6 +1649,8 @@ def main(_):
     _check_flags()
     if FLAGS.mode == 'test':
       test()
+    elif FLAGS.mode == 'compile_maps':
+      compile_maps()
     elif FLAGS.job_name == 'actor':
       act()
     elif FLAGS.task > 0:

@@ -57,6 +57,7 @@ class Metrics:
     self._episodes = {
       level: collections.deque(maxlen=_EPISODES) for level in level_names
     }
+    self._frames = dict.fromkeys(level_names, 0)  # Since the start of this run.
     # Returns since the suite's last score, which needs one of each level.
     self._returns = collections.defaultdict(list)
     self._last_inference = np.zeros(3)
@@ -76,6 +77,7 @@ class Metrics:
       self._busy_seconds = now - self._last_update - waited
       self._last_update = now
       self.global_step = int(update.learner.global_step)
+      frames_per_unroll = self._frames_per_update // len(update.level_name)
       # One row per unroll.
       for name, game_over, returns, steps in zip(
         update.level_name,
@@ -84,8 +86,10 @@ class Metrics:
         update.info.episode_step.T,
         strict=True,
       ):
+        level = six.ensure_str(name)
+        self._frames[level] += frames_per_unroll
         for i in np.flatnonzero(game_over):
-          self._add_episode(six.ensure_str(name), returns[i], steps[i])
+          self._add_episode(level, returns[i], steps[i])
 
   def latest_return(self):
     """Returns the mean return of the last episodes, None before the first."""
@@ -112,6 +116,7 @@ class Metrics:
         for level, episodes in self._episodes.items()
         if episodes
       }
+      frames_of = dict(self._frames)
     batches, requests, waited = inference - self._last_inference
     self._last_inference = inference
     if not updates:
@@ -137,9 +142,12 @@ class Metrics:
     for level, (_, mean_return, mean_steps) in played.items():
       values[f'{level}/mean_return'] = mean_return
       values[f'{level}/mean_frames'] = mean_steps * self._num_action_repeats
+    for level, count in frames_of.items():
+      values[f'{level}/environment_frames'] = count
     self._write(values)
     return [
       *self._lines(values, played, updates[-1].learner),
+      *_level_lines(frames_of),
       *membership_lines,
     ]
 
@@ -244,3 +252,15 @@ class Metrics:
       f'gradient norm {learner.gradient_norm:.3g}, learning rate '
       f'{learner.learning_rate:.3g}',
     ]
+
+
+def _level_lines(frames_of):
+  """Returns a line on the shares of a suite's levels, from frames by level."""
+  if len(frames_of) == 1:
+    return []
+  total = sum(frames_of.values())
+  fewest, most = (pick(frames_of, key=frames_of.get) for pick in (min, max))
+  return [
+    f'levels: frames of each {frames_of[fewest] / total:.1%} to '
+    f'{frames_of[most] / total:.1%} of all; fewest {fewest}, most {most}'
+  ]

@@ -1,12 +1,18 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of failing environments: real trainings in processes of their own."""
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
 
 import pytest
+import tensorflow.compat.v1 as tf
 
-from helpers import TESTS, TOY, checkpoint_step, run
+import actors
+import plot
+from helpers import ROOT, TESTS, TOY, checkpoint_step, run
 
 
 def train(tmp_path, step, *flags):
@@ -143,3 +149,87 @@ def test_failure_at_the_first_start_is_told_with_actor_and_level(tmp_path):
     '--total_environment_frames=20',
   )
   assert code == 0, output
+
+
+def test_reports_tell_how_many_actors_have_begun():
+  loops = actors.ActorLoops(
+    *(None, None, [None] * 3, None, None, None),
+    on_unroll=lambda actor, values: False,  # It ends.
+    max_restarts=0,
+    seed_of=None,
+    unroll_length=1,
+  )
+  loops.coord = tf.train.Coordinator()
+  assert loops.membership() == (
+    {'actors_begun': 0},
+    ['actors: 0 of 3 have begun'],
+  )
+  for number in (2, 0):
+    loops._run(number, lambda actor: ['state'], lambda *_: (None, ['state']))
+  assert loops.membership()[1] == ['actors: 2 of 3 have begun']
+  loops._run(1, lambda actor: ['state'], lambda *_: (None, ['state']))
+  assert loops.membership() == ({'actors_begun': 3}, [])
+
+
+# Its first level takes no time, its second 20 ms for a step; episodes of both
+# have lengths of their own.
+_SUITE = """
+import time, types
+import gymnasium as gym
+import toy_gym
+
+class Slow(toy_gym.Toy):
+  def step(self, action):
+    time.sleep(0.02)
+    return super().step(action)
+
+gym.register('Fast-v0', toy_gym.Toy, kwargs={'layout': 'Grey', 'length': 12})
+gym.register('Slow-v0', Slow, kwargs={'layout': 'Grey', 'length': 7})
+
+if __name__ == '__main__':
+  import sys
+  from absl import app
+  import experiment, levels
+  names = ['gym:unequal:Fast-v0', 'gym:unequal:Slow-v0']
+  module = types.SimpleNamespace(
+    LEVEL_MAPPING=dict(zip(names, names)), HUMAN_SCORES={}, RANDOM_SCORES={}
+  )
+  levels.SUITES['two'] = levels.Suite(module, '', {})
+  app.run(experiment.main, flags_parser=experiment._parse_flags)
+"""
+
+
+def test_balanced_levels_get_the_same_number_of_frames(tmp_path):
+  (tmp_path / 'unequal.py').write_text(_SUITE)
+  logdir = str(tmp_path / 'log')
+  result = subprocess.run(
+    [
+      sys.executable,
+      'unequal.py',
+      *TOY,
+      f'--logdir={logdir}',
+      '--level_name=two',
+      '--level_assignment=balanced',
+      '--num_actors=4',
+      '--total_environment_frames=1600',
+    ],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': f'{ROOT}:{TESTS}'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=120,
+  )
+  assert result.returncode == 0, result.stdout
+  # Nobody was given up, or restarted by mistake.
+  assert 'process' not in result.stdout
+  scalars = plot.read_scalars(logdir)
+  frames = {}
+  for name, length in (('Fast', 12), ('Slow', 7)):
+    lengths = scalars[f'gym:unequal:{name}-v0/episode_frames'][:, 1]
+    # The unrolls of an actor that moves have the name of what it plays.
+    assert set(lengths) == {length}
+    frames[name] = lengths.sum()
+  share = frames['Slow'] / sum(frames.values())
+  # With two actors for each, it would be a quarter or less.
+  assert 0.35 < share < 0.65, frames

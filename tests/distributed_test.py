@@ -325,7 +325,11 @@ with experiment._new_graph(tasks.learner_device()):
     (outputs.agent_outputs.action, outputs.env_outputs))
   state = tf.nest.map_structure(lambda t: t[tf.newaxis], outputs.agent_state)
   again, _ = agent.unroll(*inputs, state)
-  step = tf.train.get_global_step()
+  version = tf.placeholder(tf.int64, [])
+  change = [
+    tf.train.get_global_step().assign(version),
+    *(v.assign(0.1 * tf.random.normal(v.shape))
+      for v in agent.trainable_variables)]
   registry = cluster.ActorRegistry(
     cluster.SharedState(devices[0]), experiment._task_requirements(game), 1,
     devices)
@@ -337,19 +341,15 @@ with experiment._new_graph(tasks.learner_device()):
       tf.train.ChiefSessionCreator(master=target, config=config),
       hooks=[registry]):
     session = registry.session
-    for version in (0, 7):
-      if version:
-        random = np.random.default_rng(version)
-        for variable in agent.trainable_variables:
-          value = 0.1 * random.normal(size=variable.shape)
-          variable.load(value.astype(np.float32), session)
-        session.run(step.assign(version))
+    for number in (0, 7):
+      if number:
+        session.run(change, {version: number})
       count = 0
       while count < 5:
         new, theirs, ours = session.run(
           [played.global_step, outputs.agent_outputs.policy_logits,
            again.policy_logits])
-        if new == version:
+        if new == number:
           # What they have at the next entry was computed from this one.
           np.testing.assert_allclose(
             ours[:-1, 0], theirs[1:], rtol=1e-3, atol=1e-4)

@@ -6,16 +6,15 @@ import functools
 import glob
 import importlib.util
 import json
-import logging
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import cloudpickle
 import numpy as np
@@ -24,10 +23,13 @@ import tensorflow.compat.v1 as tf
 import tree
 
 import action_sets
+import dmlab_choices
+import dmlab_maps
 import environments
 import gym_kinds
 import py_process
 import vtrace
+from helpers import alive
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _STAND_IN = os.path.join(_FOLDER, 'fake_deepmind_lab', 'deepmind_lab.py')
@@ -279,8 +281,260 @@ def test_dmlab_compiles_a_map_once_for_all(lab, seeds, tmp_path):
   for _ in range(2):
     _play_episodes(_dmlab(level, level_cache=Cache(str(tmp_path))), 1)
   assert asked == [False, False, True, True]
-  maps = {path.read_bytes() for path in tmp_path.iterdir()}
-  assert maps == {lab.map_of(level, seed) for seed in seeds}
+  maps = [path.read_bytes() for path in tmp_path.iterdir()]
+  for seed in {*seeds}:  # A digest is behind each.
+    assert sum(m.startswith(lab.map_of(level, seed)) for m in maps) == 1
+  assert len(maps) == len({*seeds}) == 2
+
+
+_EXPLORE = _LARGE + 'explore_goal_locations_small'
+_LANGUAGE = _LARGE + 'language_select_located_object'
+
+
+def test_dmlab_with_few_maps_compiles_each_once(lab, seeds, tmp_path):
+  few = {'num_maps': 3, 'maps_seed': 5}
+  for seed in (1, 2):  # Actors draw from the same.
+    cache = environments.LocalLevelCache(str(tmp_path))
+    _play_episodes(_dmlab(_EXPLORE, seed=seed, level_cache=cache, **few), 15)
+  assert len(seeds) == 32
+  assert len({*seeds}) == 3
+  maps = [file for file in tmp_path.iterdir() if file.suffix == '.map']
+  assert len(maps) == 3
+  # The order differs between actors, and reproduces.
+  first, other = seeds[:16], seeds[16:]
+  seeds.clear()
+  cache = environments.LocalLevelCache(str(tmp_path))
+  _play_episodes(_dmlab(_EXPLORE, seed=1, level_cache=cache, **few), 15)
+  assert seeds == first != other
+
+
+def test_dmlab_test_plays_no_map_of_the_training(seeds, tmp_path):
+  for seed in range(50):
+    _dmlab(seed=seed, is_test=True).initial()
+  assert len({*seeds}) == 50
+  training = dmlab_maps.map_seeds('seekavoid_arena_01', 1, 1000)
+  assert {seed % 2 for seed in seeds} == {1}
+  assert {seed % 2 for seed in training} == {0}
+
+
+def test_dmlab_compiles_a_map_beforehand_unless_it_is_there(
+  lab, seeds, tmp_path
+):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, num_maps=2)
+  assert [env.compile_map(np.int64(seed)) for seed in (4, 6, 4)] == [1, 1, 1]
+  assert seeds == [4, 6]
+  # Another size or data set shows the same map, another level another one.
+  config = {'width': 20, 'datasetPath': 'dummy'}
+  large = environments.PyProcessDmLab(
+    _EXPLORE, config, 4, 1, level_cache=cache, num_maps=2
+  )
+  assert large.compile_map(4) == 1
+  assert seeds == [4, 6]
+  other = _dmlab(_LANGUAGE, level_cache=cache, num_maps=2)
+  assert other.compile_map(4) == 1
+  assert seeds == [4, 6, 4]
+  # As does another setting.
+  faster = environments.PyProcessDmLab(
+    _EXPLORE, {'fps': 30}, 4, 1, level_cache=cache, num_maps=2
+  )
+  assert faster.compile_map(4) == 1
+  assert seeds.pop() == 4
+  assert seeds == [4, 6, 4]
+  for path in tmp_path.glob('*.map'):
+    path.unlink()
+  assert env.compile_map(4) == 1
+  assert seeds == [4, 6, 4, 4]
+  (path,) = tmp_path.glob('*.map')
+  assert path.read_bytes().startswith(lab.map_of(_EXPLORE, 4))
+
+
+def test_dmlab_level_without_maps_has_none_to_compile(seeds, tmp_path):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(level_cache=cache, num_maps=2)
+  assert [env.compile_map(4), env.compile_map(4)] == [0, 0]
+  assert seeds == [4]
+
+
+def test_dmlab_maps_within_an_episode_are_cached_but_not_needed_for_its_begin(
+  lab, seeds, tmp_path
+):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_LANGUAGE, level_cache=cache, num_maps=2, maps_seed=1)
+  _play_episodes(env, 1)
+  length = lab.episode_length(_LANGUAGE, seeds[0])
+  contents = [path.read_bytes() for path in tmp_path.glob('*.map')]
+  for part in range(1 + length // lab.RESTART_FRAMES):
+    expected = lab.map_of(_LANGUAGE, seeds[0], part=part)
+    assert sum(content.startswith(expected) for content in contents) == 1
+  assert env.compile_map(seeds[0]) == 1
+
+
+# --- Maps that are compiled ahead ---
+
+
+@pytest.fixture
+def hits(monkeypatch):
+  """Whether each map that this process asked for was in its cache."""
+  hits = []
+
+  def fetch(self, key, pk3_path):
+    hits.append(original(self, key, pk3_path))
+    return hits[-1]
+
+  original = environments.LocalLevelCache.fetch
+  monkeypatch.setattr(environments.LocalLevelCache, 'fetch', fetch)
+  return hits
+
+
+@pytest.fixture
+def slots(monkeypatch):
+  """This test's own slots, all there are; `processes` has what is started."""
+  monkeypatch.setattr(
+    dmlab_maps, '_SLOT', f'\0impala-test-{os.getpid()}-{{user}}-{{number}}'
+  )
+  monkeypatch.setattr(dmlab_maps, '_SLOT_SECONDS', 0)
+  slots = types.SimpleNamespace(processes=[], exit_code=None)
+
+  def start(self, seed, slot):
+    if slots.exit_code is not None:
+      arguments = [sys.executable, '-c', f'exit({slots.exit_code})']
+      self._process = subprocess.Popen(arguments)
+    else:
+      original(self, seed, slot)
+    slots.processes.append(self._process)
+
+  original = dmlab_maps.AheadCompiler._start
+  monkeypatch.setattr(dmlab_maps.AheadCompiler, '_start', start)
+  return slots
+
+
+@needs_stand_in
+def test_dmlab_finds_the_next_map_compiled(seeds, slots, hits, tmp_path):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  _play_episodes(env, 4)
+  assert hits == [False, True, True, True, True]
+  assert len(slots.processes) == 4
+  env.close()
+  # The episodes are those that are played without.
+  ahead = seeds[:]
+  seeds.clear()
+  _play_episodes(_dmlab(_EXPLORE), 4)
+  assert seeds == ahead
+  # Nothing is noted of seeds that hardly come again.
+  assert {path.suffix for path in tmp_path.iterdir()} == {'.map'}
+
+
+@needs_stand_in
+def test_dmlab_compiles_nothing_ahead_that_is_there(slots, hits, tmp_path):
+  few = {'num_maps': 3, 'compiles_ahead': True}
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, **few)
+  _play_episodes(env, 20)
+  assert hits == [False] + [True] * 20
+  assert len(slots.processes) == 2
+  # Nor on a level that has no maps.
+  cache = environments.LocalLevelCache(str(tmp_path))
+  _play_episodes(_dmlab(level_cache=cache, compiles_ahead=True), 3)
+  assert len(slots.processes) == 2
+
+
+@needs_stand_in
+def test_dmlab_compiles_itself_if_others_compile_on_all_cores(
+  slots, hits, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0, 1})
+  taken = [dmlab_maps._take_slot() for _ in range(3)]
+  assert taken[2] is None
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  _play_episodes(env, 2)
+  assert hits == [False] * 3
+  assert slots.processes == []
+  taken[1].close()
+  env.step(_FORWARD)
+  assert len(slots.processes) == 1
+  # It has taken that place, and leaves it when it ends.
+  assert dmlab_maps._take_slot() is None
+  slots.processes[0].wait(timeout=_PATIENCE)
+  with dmlab_maps._take_slot():
+    pass
+  taken[0].close()
+
+
+@needs_stand_in
+def test_dmlab_compilation_ahead_has_lower_priority_and_ends_with_it(
+  slots, hits, tmp_path, monkeypatch
+):
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  env.initial()
+  monkeypatch.setenv('FAKE_DMLAB_COMPILE_SECONDS', '1000')
+  env.step(_FORWARD)
+  (process,) = slots.processes
+  nice = os.getpriority(os.PRIO_PROCESS, 0)
+  deadline = time.monotonic() + _PATIENCE
+  while os.getpriority(os.PRIO_PROCESS, process.pid) != nice + 5:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  env.close()
+  assert process.returncode == -signal.SIGKILL
+
+
+@needs_stand_in
+def test_dmlab_compilation_ahead_dies_with_an_environment_that_is_killed(
+  tmp_path,
+):
+  code = """
+    import os, sys, time
+    import numpy as np
+    import dmlab_maps, environments
+    dmlab_maps._SLOT = f'\\0impala-test-{os.getpid()}-{{user}}-{{number}}'
+    env = environments.PyProcessDmLab(
+      sys.argv[1], {'width': 7, 'height': 5}, 4, 1,
+      level_cache=environments.LocalLevelCache(sys.argv[2]),
+      compiles_ahead=True,
+    )
+    env.initial()
+    os.environ['FAKE_DMLAB_COMPILE_SECONDS'] = '1000'
+    env.step(np.zeros([7], np.intc))
+    process = env._episodes._ahead._process
+    while os.getpriority(os.PRIO_PROCESS, process.pid) != 5 + os.nice(0):
+      time.sleep(0.01)
+    print(process.pid, flush=True)
+    time.sleep(1000)
+  """
+  folders = [os.path.dirname(environments.__file__), os.path.dirname(_STAND_IN)]
+  with subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(code), _EXPLORE, tmp_path],
+    stdout=subprocess.PIPE,
+    env={**os.environ, 'PYTHONPATH': os.pathsep.join(folders)},
+  ) as process:
+    pid = int(process.stdout.readline())
+    process.kill()
+  deadline = time.monotonic() + _PATIENCE
+  try:
+    while alive(pid):
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
+
+
+@needs_stand_in
+def test_dmlab_goes_on_if_nothing_can_be_compiled_ahead(
+  slots, hits, tmp_path, caplog
+):
+  slots.exit_code = 3
+  cache = environments.LocalLevelCache(str(tmp_path))
+  env = _dmlab(_EXPLORE, level_cache=cache, compiles_ahead=True)
+  _play_episodes(env, 2)
+  assert hits == [False] * 3
+  assert 'not compiled ahead: the process that should ended' in caplog.text
+  assert 'exit code 3' in caplog.text
+  env.close()
 
 
 @needs_stand_in
@@ -320,7 +574,8 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
   held_out = _LARGE + 'rooms_collect_good_objects_test'
   common = _LARGE + 'rooms_collect_good_objects_train'
   size = {'height': 5, 'width': 7, 'level_cache_dir': str(tmp_path)}
-  _dmlab(seed=3).initial()
+  for is_test in (False, True):
+    _dmlab(seed=3, is_test=is_test).initial()
   for level, is_test, mixer_seed in (
     (held_out, True, 0x600D5EED),
     (common, True, 0x600D5EED),
@@ -329,9 +584,9 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
     with _playing(level, seed=3, is_test=is_test, **size) as process:
       np.testing.assert_array_equal(
         process.call('initial')[0],
-        lab.frame(level, seeds[0], 0, 5, 7, mixer_seed),
+        lab.frame(level, seeds[is_test], 0, 5, 7, mixer_seed),
       )
-      length = lab.episode_length(level, seeds[0])
+      length = lab.episode_length(level, seeds[is_test])
       steps = [process.call('step', _FORWARD) for _ in range(length)]
     ends = [i for i, (_, done, _) in enumerate(steps) if done]
     assert ends[0] == (length - 1) // 4
@@ -348,13 +603,195 @@ def test_dmlab_test_plays_held_out_levels_with_a_mixer_seed_of_its_own(
 @needs_stand_in
 def test_dmlab_level_with_data(tmp_path):
   level = _LARGE + 'psychlab_continuous_recognition'
-  sentence = _refusal(level, dataset_path='')
-  assert '--dataset_path' in sentence
-  assert 'nowhere' in _refusal(level, dataset_path='/nowhere')
+  assert '--dataset_path=dummy' in _refusal(level, dataset_path='')
+  assert "'/nowhere' is not a folder" in _refusal(
+    level, dataset_path='/nowhere'
+  )
+  folders = {'dataset_path': str(tmp_path), 'level_cache_dir': str(tmp_path)}
+  assert '2,400 are missing, the first is 0001.png' in _refusal(
+    level, **folders
+  )
+  # As Psychlab asks for them: '%04d.png', from 1 on.
+  for number in range(1, 2401):
+    (tmp_path / ('%04d.png' % number)).touch()  # noqa: UP031
+  with _playing(level, **folders) as process:
+    process.call('initial')
+  (tmp_path / '2181.png').unlink()
+  assert '1 are missing, the first is 2181.png' in _refusal(level, **folders)
+
+
+@needs_stand_in
+def test_dmlab_missing_image_aborts_the_process_but_a_dummy_needs_none(
+  tmp_path,
+):
+  level = _LARGE + 'psychlab_continuous_recognition'
+  config = {'height': 5, 'width': 7, 'datasetPath': str(tmp_path)}
+  process = py_process.PyProcess(
+    environments.PyProcessDmLab, level, config, 4, 1
+  )
+  process.start()
+  with pytest.raises(py_process.ProcessError, match='died'):
+    process.call('initial')
+  assert process.exit_code(_PATIENCE) == -signal.SIGABRT
+  process.close()
   with _playing(
-    level, dataset_path=str(tmp_path), level_cache_dir=str(tmp_path)
+    level, dataset_path='dummy', level_cache_dir=str(tmp_path)
   ) as process:
     process.call('initial')
+
+
+@needs_stand_in
+def test_dmlab_process_goes_on_with_another_level(lab, seeds, tmp_path):
+  few = {'num_maps': 2, 'maps_seed': 3}
+  with _playing(
+    _EXPLORE,
+    height=5,
+    width=7,
+    level_cache_dir=str(tmp_path),
+    **_chosen(**few),
+  ) as process:
+    process.call('initial')
+    arguments = environments.PyProcessDmLab.level_arguments(_LANGUAGE)
+    process.restart(seed=8, **arguments)
+    frame, instruction = process.call('initial')
+  _dmlab(
+    _LANGUAGE,
+    seed=8,
+    level_cache=environments.LocalLevelCache(str(tmp_path)),
+    **few,
+  ).initial()
+  (seed,) = seeds
+  assert seed in dmlab_maps.map_seeds(_LANGUAGE, 3, 2)
+  np.testing.assert_array_equal(frame, lab.frame(_LANGUAGE, seed, 0, 5, 7))
+  assert instruction.decode() == lab.instruction(_LANGUAGE, seed)
+
+
+# --- What can be chosen for DeepMind Lab ---
+
+
+def _chosen(**kwargs):
+  return {'dmlab': environments.DmLabSettings(**kwargs)}
+
+
+def test_dmlab_renderer_is_the_one_that_was_chosen(lab, monkeypatch):
+  renderers = []
+
+  class Recording(lab.Lab):
+    def __init__(self, *args, renderer, **kwargs):
+      renderers.append(renderer)
+      super().__init__(*args, renderer=renderer, **kwargs)
+
+  monkeypatch.setattr(lab, 'Lab', Recording)
+  _dmlab()
+  _dmlab(renderer='hardware')
+  assert renderers == ['software', 'hardware']
+
+
+@needs_stand_in
+@pytest.mark.parametrize(
+  ('level', 'chosen', 'reason'),
+  [
+    ('seekavoid_arena_1', {}, 'Level not found'),
+    (_EXPLORE, {'renderer': 'EGL'}, 'Invalid renderer: EGL'),
+    (_EXPLORE, {'level_settings': 'fps=30,hieght=4'}, 'Invalid setting: hieg'),
+    (_EXPLORE, {'level_settings': 'fps=fast'}, 'Invalid setting: fps'),
+  ],
+)
+def test_dmlab_refuses_before_the_start_what_it_does_not_know(
+  level, chosen, reason
+):
+  sentence = _refusal(level, **_chosen(**chosen))
+  assert 'can not be played: ' in sentence
+  assert reason in sentence
+  assert 'RuntimeError' not in sentence
+
+
+@needs_stand_in
+def test_dmlab_takes_other_levels_and_settings(tmp_path):
+  chosen = _chosen(
+    level_settings='fps=30, appendCommand=+set a=b',
+    renderer='hardware',
+    runfiles_path='/some/where',
+  )
+  with _playing(
+    'demos/extra_entities', level_cache_dir=str(tmp_path), **chosen
+  ) as process:
+    assert process.call('initial')[0].shape == (72, 96, 3)
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('', {}),
+    ('fps=30', {'fps': '30'}),
+    ('fps=30, a=b=c,d=', {'fps': '30', 'a': 'b=c', 'd': ''}),
+    ('fps', "'fps' is not"),
+    ('fps=30,', "'' is not"),
+    ('=30', "'=30' is not"),
+    ('fps=30,width=96', 'width is set by --width'),
+    ('datasetPath=/data', 'datasetPath is set by --dataset_path'),
+  ],
+)
+def test_dmlab_settings_are_read_or_refused(text, expected):
+  if isinstance(expected, dict):
+    assert dmlab_choices.level_settings(text) == expected
+  else:
+    with pytest.raises(ValueError, match=expected):
+      dmlab_choices.level_settings(text)
+
+
+def test_dmlab_action_sets(lab, tmp_path):
+  assert dmlab_choices.action_set('paper') == environments.DEFAULT_ACTION_SET
+  popart = np.array(dmlab_choices.action_set('popart'))
+  assert popart.shape == (15, 7)
+  assert len(np.unique(popart, axis=0)) == 15
+  # Left, right, up and down are as often there.
+  assert popart[:, :3].sum(axis=0).tolist() == [0, 0, 0]
+  own = tmp_path / 'own.json'
+  own.write_text('[[0, 0, 0, 1, 0, 0, 0], [512, -512, 1, -1, 1, 1, 1]]')
+  specs = lab.Lab('seekavoid_arena_01', []).action_spec()
+  for actions in (popart, np.array(dmlab_choices.action_set(str(own)))):
+    assert (actions >= [spec['min'] for spec in specs]).all()
+    assert (actions <= [spec['max'] for spec in specs]).all()
+
+
+@needs_stand_in
+def test_dmlab_plays_with_another_action_set():
+  spec = _spec('seekavoid_arena_01', **_chosen(action_set='popart'))
+  assert spec.action_set.shape == (15, 7)
+  assert spec.action_set.dtype == np.intc
+  assert spec.action_set[14].tolist() == [0, 0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    None,
+    'no JSON',
+    '5',
+    '[]',
+    '[[0, 0, 0, 1, 0, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 2, 0, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0.5, 0, 0, 0]]',
+    '[[0, 0, 0, 1, 0, 0, 0], "0001000"]',
+    '{"a": 1, "b": 2}',
+  ],
+)
+def test_dmlab_action_set_that_can_not_be_gets_one_sentence(tmp_path, content):
+  path = tmp_path / 'actions.json'
+  if content is not None:
+    path.write_text(content)
+  sentence = _refusal_of_actions(str(path))
+  assert f'--dmlab_action_set={path}' in sentence
+  assert ('must have a list' in sentence) == (content is not None)
+
+
+def _refusal_of_actions(path):
+  with pytest.raises(ValueError, match='--dmlab_action_set') as error:
+    dmlab_choices.action_set(path)
+  assert '\n' not in str(error.value)
+  return str(error.value)
 
 
 def test_dmlab_that_is_not_installed(monkeypatch):
@@ -416,95 +853,6 @@ def test_real_dmlab_seeds_reproduce(tmp_path):
       frames.append(process.call('initial')[0])
   np.testing.assert_array_equal(frames[0], frames[1])
   assert (frames[0] != frames[2]).any()
-
-
-# --- The cache of maps ------------------------------------------------------
-
-
-def test_cache_returns_what_was_written(tmp_path):
-  cache = environments.LocalLevelCache(str(tmp_path / 'cache'))
-  fetched = tmp_path / 'fetched'
-  assert not cache.fetch('key', str(fetched))
-  written = tmp_path / 'written'
-  written.write_bytes(b'map')
-  cache.write('key', str(written))
-  assert cache.fetch('key', str(fetched))
-  assert fetched.read_bytes() == b'map'
-  assert not cache.fetch('other', str(fetched))
-  # Whoever constructs another on the folder finds the map as well.
-  other = environments.LocalLevelCache(str(tmp_path / 'cache'))
-  assert other.fetch('key', str(fetched))
-
-
-def test_cache_never_shows_a_part_of_a_file(tmp_path):
-  # Two processes write each map, as soon as they can; two wait for it.
-  code = """
-    import os, sys, time
-    import environments
-    number, folder, go = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    cache = environments.LocalLevelCache(folder)
-    own, fetched = f'{folder}-own{number}', f'{folder}-fetched{number}'
-    with open(own, 'wb') as file:
-      file.write(bytes([number]) * 8_000_000)
-    print('ready', flush=True)
-    while not os.path.exists(go):
-      time.sleep(0.001)
-    for key in range(10):
-      if number < 2:
-        cache.write(str(key), own)
-      while not cache.fetch(str(key), fetched):
-        time.sleep(0)
-      with open(fetched, 'rb') as file:
-        data = file.read()
-      assert data.count(data[:1]) == 8_000_000, len(data)
-  """
-  folder, go = tmp_path / 'cache', tmp_path / 'go'
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', textwrap.dedent(code), str(n), folder, go],
-      stdout=subprocess.PIPE,
-      cwd=os.path.dirname(environments.__file__),
-    )
-    for n in range(4)
-  ]
-  try:
-    for process in processes:
-      assert process.stdout.readline() == b'ready\n'
-    go.touch()
-    for process in processes:
-      process.communicate(timeout=_PATIENCE)
-      assert process.returncode == 0
-  finally:
-    for process in processes:
-      process.kill()
-  # Nothing but the maps is left.
-  assert sorted(os.listdir(folder)) == sorted(map(str, range(10)))
-
-
-def test_cache_on_a_full_disk_warns(tmp_path, caplog):
-  cache = environments.LocalLevelCache(str(tmp_path / 'cache'))
-  written = tmp_path / 'written'
-  written.write_bytes(b'1234' * 100_000)
-  # No disk is full at hand, but files may be forbidden to grow.
-  old = resource.getrlimit(resource.RLIMIT_FSIZE)
-  with caplog.at_level(logging.WARNING):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
-    try:
-      cache.write('key', str(written))
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, old)
-  assert 'Map not cached' in caplog.text
-  assert os.listdir(tmp_path / 'cache') == []
-  assert not cache.fetch('key', str(tmp_path / 'fetched'))
-
-
-def test_cache_in_an_impossible_folder_warns(tmp_path, caplog):
-  (tmp_path / 'file').write_bytes(b'map')
-  cache = environments.LocalLevelCache(str(tmp_path / 'file' / 'cache'))
-  assert not cache.fetch('key', str(tmp_path / 'fetched'))
-  with caplog.at_level(logging.WARNING):
-    cache.write('key', str(tmp_path / 'file'))
-  assert 'Map not cached' in caplog.text
 
 
 # --- In the graph -----------------------------------------------------------

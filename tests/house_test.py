@@ -22,7 +22,16 @@ _ALLOWED = {
   'dmlab30': {'scores'},
   'atari57': {'scores'},
   'action_sets': set(),
-  'environments': {'action_sets', 'gym_kinds', 'native', 'py_process'},
+  'environments': {
+    'action_sets',
+    'dmlab_choices',
+    'dmlab_maps',
+    'gym_kinds',
+    'native',
+    'py_process',
+  },
+  'dmlab_choices': set(),
+  'dmlab_maps': {'native', 'py_process'},
   'gym_kinds': set(),
   'agent': {'convolution', 'native', 'popart', 'private_apis'},
 }

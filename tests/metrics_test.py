@@ -109,6 +109,32 @@ def test_report_is_of_its_period(tmp_path):
   )
 
 
+def test_frames_of_each_level_are_counted(tmp_path):
+  actors = types.SimpleNamespace(
+    statistics=lambda: ActorStatistics(0, 1, 1, 0.0),
+    membership=lambda: ({}, []),
+  )
+  with tf.Graph().as_default():
+    metrics = Metrics(str(tmp_path), 'two', ['a', 'b', 'c'], actors, 80, 4)
+  metrics.global_step = 0
+  for step, names in ((80, [b'a', b'a']), (160, [b'a', b'b'])):
+    batch = update(step, 1.0)
+    metrics.add(
+      batch._replace(
+        level_name=names,
+        game_over=np.zeros((10, 2), bool),
+        info=StepOutputInfo(*np.zeros((2, 10, 2))),
+      )
+    )
+  assert metrics.report()[-1] == (
+    'levels: frames of each 0.0% to 75.0% of all; fewest c, most a'
+  )
+  tf.summary.FileWriterCache.get(str(tmp_path)).flush()
+  values = read_events(tmp_path)
+  for name, frames in (('a', 120.0), ('b', 40.0), ('c', 0.0)):
+    assert values[f'{name}/environment_frames'] == [(160, frames)]
+
+
 def update(step, episode_return):
   """Returns an `Update` of one unroll of 10 steps with an episode of 5."""
   game_over = np.zeros((10, 1), bool)

@@ -494,13 +494,15 @@ def test_training_on_deepmind_labs_stand_in(tmp_path):
     f'--logdir={tmp_path / "log"}',
     f'--level_cache_dir={tmp_path / "maps"}',
     '--torso=shallow',
-    '--unroll_length=5',
-    '--total_environment_frames=80',
+    '--unroll_length=20',
+    '--total_environment_frames=1600',
+    '--dmlab_maps=2',
     path=FAKE_LAB,
   )
   assert code == 0, output
-  assert checkpoint_step(tmp_path / 'log') == 80
-  assert os.listdir(tmp_path / 'maps')
+  assert checkpoint_step(tmp_path / 'log') == 1600
+  # Each actor has played several episodes.
+  assert len(list((tmp_path / 'maps').glob('*.map'))) == 2
 
 
 def test_psychlab_without_its_data_is_told(tmp_path):

@@ -7,14 +7,25 @@ a handful of levels, and plays a game whose course can be told beforehand:
   - an episode takes `episode_length(level, seed)` frames;
   - a frame's reward is 1 for moving forward, -1 for moving backward, 10 for
     firing, and 100 more in the last frame of the episode;
-  - the picture is `frame(level, seed, num_steps, ...)`.
+  - the picture is `frame(level, seed, num_steps, ...)`;
+  - language levels load another map after every `RESTART_FRAMES` frames.
+
+Environment variables make it slow, or its episodes long, in what they say:
+
+  FAKE_DMLAB_COMPILE_SECONDS   of a processor, for a map to compile
+  FAKE_DMLAB_STEP_SECONDS      of a processor, for a frame
+  FAKE_DMLAB_EPISODE_FRAMES    of each episode, instead of `episode_length`
+  FAKE_DMLAB_SLEEPS            1: it sleeps for these times instead, as if there
+                               were a processor for each
 """
 
 import hashlib
 import os
 import random
 import shutil
+import sys
 import tempfile
+import time
 import weakref
 import zlib
 
@@ -57,6 +68,9 @@ _ACTIONS = (
   ('CROUCH', 0, 1),
 )
 
+RESTART_FRAMES = 16
+NUM_IMAGES = 2400  # Of the data set.
+
 _runfiles_path = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -75,9 +89,28 @@ def set_runfiles_path(path):
   _runfiles_path = path
 
 
+def _variable(name):
+  return float(os.environ.get(f'FAKE_DMLAB_{name}', 0))
+
+
+def _work(seconds):
+  """Takes so much time of a processor."""
+  if _variable('SLEEPS'):
+    time.sleep(seconds)
+    return
+  end = time.process_time() + seconds
+  while time.process_time() < end:
+    _hash(end)
+
+
 def episode_length(level, seed):
   """Returns the number of frames of an episode: 30 to 49."""
-  return 30 + _hash(level, seed) % 20
+  return int(_variable('EPISODE_FRAMES')) or 30 + _hash(level, seed) % 20
+
+
+def image_of(level, seed):
+  """Returns the number of the data set's image that an episode shows."""
+  return 1 + _hash(level, seed) % NUM_IMAGES
 
 
 def frame(level, seed, num_steps, height, width, mixer_seed=0):
@@ -93,9 +126,9 @@ def instruction(level, seed):
   return 'fetch the ' + ('red', 'green', 'blue')[seed % 3] + ' ball'
 
 
-def map_of(level, seed, mixer_seed=0):
-  """Returns the compiled map of an episode, as bytes."""
-  return f'map of {level} {seed} {mixer_seed} '.encode() * 1000
+def map_of(level, seed, mixer_seed=0, part=0):
+  """Returns the compiled map of an episode, or of a part of it, as bytes."""
+  return f'map of {level} {seed} {mixer_seed} {part} '.encode() * 1000
 
 
 def _hash(*parts):
@@ -192,12 +225,8 @@ class Lab:
       seed = self._generator.randrange(2**31)
     _require(isinstance(seed, int), ValueError, 'seed must be an int')
     traits = _LEVELS[self._level]
-    _require(
-      _NEEDS_DATA not in traits
-      or os.path.isdir(self._config.get('datasetPath', '')),
-      RuntimeError,
-      'Failed to start environment - assertion failed: no data set',
-    )
+    if _NEEDS_DATA in traits:
+      self._load_image(seed)
     if _COMPILES in traits:
       self._load_map(seed)
     self._seed, self._num_steps = seed, 0
@@ -213,8 +242,11 @@ class Lab:
     _require(isinstance(num_steps, int), TypeError, 'num_steps must be an int')
     self._require_running()
     reward = 0.0
+    _work(num_steps * _variable('STEP_SECONDS'))
     for _ in range(num_steps):
       self._num_steps += 1
+      if '/language_' in self._level and self._num_steps % RESTART_FRAMES == 0:
+        self._load_map(self._seed, self._num_steps // RESTART_FRAMES)
       reward += float(action[3]) + 10.0 * float(action[4])
       if not self.is_running():
         return reward + 100.0
@@ -273,14 +305,29 @@ class Lab:
     self._is_closed = True
     self._remove_folder()
 
-  def _load_map(self, seed):
-    """Gets the episode's map from the cache, or compiles and stores it."""
+  def _load_image(self, seed):
+    folder = self._config.get('datasetPath', '')
+    _require(
+      folder,
+      RuntimeError,
+      'Failed to start environment - assertion failed: no data set',
+    )
+    if folder == 'dummy':  # Plain colours.
+      return
+    path = os.path.join(folder, f'{image_of(self._level, seed):04d}.png')
+    if not os.path.isfile(path):
+      print(f'[image.load] - "{path}" could not be read', file=sys.stderr)
+      os.abort()
+
+  def _load_map(self, seed, part=0):
+    """Gets a map from the cache, or compiles and stores it."""
     mixer_seed = int(self._config['mixerSeed'])
-    compiled = map_of(self._level, seed, mixer_seed)
+    compiled = map_of(self._level, seed, mixer_seed, part)
     key = hashlib.md5(compiled).hexdigest()
     path = os.path.join(self._temp_folder, 'map.pk3')
     cache = self._level_cache
     if cache is None or not cache.fetch(key, path):
+      _work(_variable('COMPILE_SECONDS'))
       with open(path, 'wb') as file:
         file.write(compiled)
       if cache is not None:
