@@ -139,6 +139,7 @@ class Metrics:
       'environment_restarts': restarts,
       **membership,
     }
+    values.update(_of_each_learner(updates, seconds))
     for level, (_, mean_return, mean_steps) in played.items():
       values[f'{level}/mean_return'] = mean_return
       values[f'{level}/mean_frames'] = mean_steps * self._num_action_repeats
@@ -246,6 +247,7 @@ class Metrics:
       f'for data {value("learner_wait_share"):.0%} of the time, queue '
       f'{value("queue_size"):.1f} of 1 unroll, policy lag '
       f'{value("policy_lag_updates"):.1f} updates',
+      *_describe_learners(values),
       f'losses: total {learner.total_loss:.3g}, policy gradient '
       f'{learner.policy_gradient_loss:.3g}, baseline '
       f'{learner.baseline_loss:.3g}, entropy {learner.entropy:.3f}, '
@@ -263,4 +265,36 @@ def _level_lines(frames_of):
   return [
     f'levels: frames of each {frames_of[fewest] / total:.1%} to '
     f'{frames_of[most] / total:.1%} of all; fewest {fewest}, most {most}'
+  ]
+
+
+def _of_each_learner(updates, seconds):
+  """Returns metrics, a dict, of each of several learners; empty if of one.
+
+  They make each update together. The learner that waits longest for its batch
+  has too few actors, or slow ones.
+  """
+  waits = np.sum([update.wait_seconds for update in updates], axis=0) / seconds
+  queues = np.mean([update.queue_size for update in updates], axis=0)
+  values = {}
+  if len(waits) > 1:
+    for k, (wait, queue) in enumerate(zip(waits, queues, strict=True)):
+      values[f'learner_{k}/wait_share'] = min(wait, 1.0)
+      values[f'learner_{k}/queue_size'] = queue
+  return values
+
+
+def _describe_learners(values):
+  """Returns a line that says to people what `_of_each_learner` measured."""
+  waits = {
+    name.partition('/')[0]: share
+    for name, share in values.items()
+    if name.endswith('/wait_share')
+  }
+  if not waits:
+    return []
+  return [
+    'learners wait for data: '
+    + ', '.join(f'{name[8:]}: {share:.0%}' for name, share in waits.items())
+    + ' of the time'
   ]

