@@ -8,11 +8,9 @@ In: batches of unrolls, fresh from the actors. Out: the same, with unrolls of
 before. They are in the learner's memory alone, and in no checkpoint.
 """
 
-import contextlib
-import re
-
 import tensorflow.compat.v1 as tf
 
+import memory
 from console import print_line
 from errors import UserError
 
@@ -34,11 +32,11 @@ class Replay:
       UserError: the memory can't hold so many.
     """
     self.num_bytes = capacity * sum(map(_num_bytes, tf.nest.flatten(unroll)))
-    gigabytes, free = self.num_bytes / 1e9, free_memory() / 1e9
-    if gigabytes > free:
+    gigabytes, free = self.num_bytes / 1e9, memory.free_bytes()
+    if free is not None and self.num_bytes > free:
       raise UserError(
         f'--replay_size: {capacity:,} unrolls take {gigabytes:.3g} GB, but '
-        f'{free:.3g} GB of memory are free: give a smaller one.'
+        f'{free / 1e9:.3g} GB of memory are free: give a smaller one.'
       )
     print_line(
       f'Replay: {num_replayed} of each batch of unrolls are drawn from the '
@@ -109,18 +107,3 @@ def _variable(shape, dtype):
 def _num_bytes(tensor):
   size = _STRING_BYTES if tensor.dtype == tf.string else tensor.dtype.size
   return size * tensor.shape.num_elements()
-
-
-def free_memory():
-  """Returns how many bytes are free, in the machine and in its container."""
-  with open('/proc/meminfo') as file:
-    (kilobytes,) = re.findall(r'MemAvailable: +(\d+) kB', file.read())
-  limits = [1024 * int(kilobytes)]
-  for path in (
-    '/sys/fs/cgroup/memory.max',
-    '/sys/fs/cgroup/memory/memory.limit_in_bytes',
-  ):
-    # A ValueError: it is "max".
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-      limits.append(int(file.read()))
-  return min(limits)

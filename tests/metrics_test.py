@@ -3,6 +3,7 @@
 
 import collections
 import json
+import re
 import types
 
 import numpy as np
@@ -133,6 +134,28 @@ def test_frames_of_each_level_are_counted(tmp_path):
   values = read_events(tmp_path)
   for name, frames in (('a', 120.0), ('b', 40.0), ('c', 0.0)):
     assert values[f'{name}/environment_frames'] == [(160, frames)]
+
+
+def test_report_tells_how_long_each_of_several_learners_waits(tmp_path):
+  actors = types.SimpleNamespace(
+    statistics=lambda: ActorStatistics(0, 1, 1, 0.0),
+    membership=lambda: ({}, []),
+  )
+  with tf.Graph().as_default():
+    metrics = Metrics(str(tmp_path), 'a', ['a'], actors, 40, 4)
+  metrics._begin -= 10
+  for step in (40, 80):
+    metrics.add(
+      update(step, 1.0)._replace(
+        queue_size=np.array([1, 0]), wait_seconds=np.array([1.0, 4.0])
+      )
+    )
+  (line,) = [line for line in metrics.report() if 'learners wait' in line]
+  assert re.search('0: (19|20)%, 1: (79|80)% of the time', line), line
+  tf.summary.FileWriterCache.get(str(tmp_path)).flush()
+  values = read_events(tmp_path)
+  assert values['learner_0/queue_size'] == [(80, 1.0)]
+  assert values['learner_1/wait_share'] == [(80, pytest.approx(0.8, rel=0.05))]
 
 
 def update(step, episode_return):

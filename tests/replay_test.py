@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
+import memory
 import replay
 from errors import UserError
 
@@ -96,12 +97,6 @@ def test_memory_is_as_large_as_told_and_not_saved(monkeypatch):
     # Frames, strings of 24 bytes, bools, a number.
     assert mix.replay.num_bytes == 7 * (60 + 3 * 24 + 3 + 8)
     assert not tf.global_variables()
-    monkeypatch.setattr(replay, 'free_memory', lambda: 1000)
+    monkeypatch.setattr(memory, 'free_bytes', lambda: 1000)
     with pytest.raises(UserError, match=r'7 unrolls take .* are free'):
       Mixer(capacity=7, num_fresh=2, num_replayed=1)
-
-
-def test_free_memory_is_less_than_the_machine_has():
-  with open('/proc/meminfo') as file:
-    total = 1024 * int(file.readline().split()[1])
-  assert 10**6 < replay.free_memory() < total
