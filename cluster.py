@@ -614,7 +614,9 @@ _PERHAPS_GONE = (
   tf.errors.InternalError,
   tf.errors.UnknownError,
 )
-_MAX_FAULTS = 3  # Of a call in turn, with all learners there.
+# How often, with all learners there, a call or an attempt to join may fail so.
+_MAX_FAULTS = 3
+_MAX_FAULTS_OF_JOINING = 20
 
 
 class _Calls:
@@ -700,6 +702,10 @@ class LearnerClient:
       session = self._session
       try:
         return session.run(fetches, feed_dict, options=_within(seconds))
+      except tf.errors.DeadlineExceededError:
+        # A full queue is none of the faults that heartbeats find.
+        if seconds != _ROOM_SECONDS:
+          self._rejoin(session)
       # A RuntimeError: another thread closed the session.
       except (*LEARNER_GONE, RuntimeError):
         self._rejoin(session)
@@ -725,19 +731,30 @@ class LearnerClient:
     def tell():
       self._print(f'waits for the learner at {missing}.')
 
+    faults = 0
     for _ in _attempts(tell):
       if self._stops():
         return
       # A session would wait, and not say for whom.
       missing = self._cluster.missing_learner()
-      if missing is None and self._try_connect():
+      if missing is not None:
+        continue
+      try:
+        self._try_connect()
+      except LEARNER_GONE:
+        missing = self._cluster.learners[0]
+      except _PERHAPS_GONE:
+        missing = self._cluster.learners[0]
+        faults += 1
+        if faults == _MAX_FAULTS_OF_JOINING:
+          raise
+      else:
         if not self.is_done:
           self._print(f'joined the learner at {self._cluster.learners[0]}.')
         return
-      missing = missing or self._cluster.learners[0]
 
   def _try_connect(self):
-    """Returns whether there is a session now, and a chief that trains."""
+    """Opens a session, if there is a chief that trains."""
     newcomer = self._open(self._entry_graph, as_newcomer=True)
     try:
       requirements, self.is_done = newcomer.run(
@@ -746,12 +763,9 @@ class LearnerClient:
       if not self.is_done:
         self._check(json.loads(requirements))
         self._enter(newcomer)
-    except (*LEARNER_GONE, *_PERHAPS_GONE):
-      return False
     finally:
       _close(newcomer)
     self._session = self._open(self._graph)
-    return True
 
   def _open(self, graph, as_newcomer=False):
     """Returns a new session over the learners."""
@@ -809,8 +823,9 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     self._load_lock = threading.Lock()
     self._load_begin = 0.0
     self._started = time.time()
-    self._is_known = False  # By a heartbeat.
     self._num_unrolls = 0
+    self._last_values = [self._started, 0, *[0] * len(ActorStatistics._fields)]
+    self._is_known = False  # By a heartbeat.
 
   def after_create_session(self, session, coord):
     del session, coord
@@ -823,6 +838,8 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     feed_dict = dict(zip(placeholders, tf.nest.flatten(unroll), strict=True))
     if self._run([self._send], feed_dict, _ROOM_SECONDS) is None:
       return False
+    with self._load_lock:
+      self._num_unrolls += 1
     return self._load_parameters()
 
   def send_heartbeat(self, statistics):
@@ -834,10 +851,10 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     Raises:
       UserError: there is another task of this number, which was there first.
     """
-    values = [self._started, self._num_unrolls, *statistics]
+    self._last_values = [self._started, self._num_unrolls, *statistics]
     answer = self._run(
       (self._calls.heartbeat, self._calls.requirements),
-      {self._calls.heartbeat_values: values},
+      {self._calls.heartbeat_values: self._last_values},
     )
     if answer is not None:
       (_, last), (_, is_done) = answer
@@ -860,7 +877,6 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     """
     requested = time.monotonic()
     with self._load_lock:
-      self._num_unrolls += 1
       if self._load_begin > requested:
         return not self._stops()
       self._load_begin = time.monotonic()
@@ -868,7 +884,6 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
 
   def _enter(self, session):
     """Raises UserError if there is another task of this number."""
-    values = [self._started, 0, *[0] * len(ActorStatistics._fields)]
     first = None
     # If its last heartbeat is of a task that was killed, none follows.
     end = time.monotonic() + 2 * HEARTBEAT_SECONDS
@@ -885,7 +900,7 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     # From now on, this one was there first.
     session.run(
       self._entry.heartbeat,
-      {self._entry.heartbeat_values: values},
+      {self._entry.heartbeat_values: self._last_values},
       options=_within(_ANSWER_SECONDS),
     )
 

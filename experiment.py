@@ -233,11 +233,12 @@ def build_learner(
 # --- Building blocks of the runs --------------------------------------------
 
 
-def _choose_game(num_actions=None):
+def _choose_game(num_actions=None, played=None):
   """Returns the `Game` that the flags ask for.
 
   Args:
     num_actions: int, of the agent that is to play it, if that is known.
+    played: see `levels.choose_game`.
   """
   py_process.set_call_timeout(FLAGS.environment_timeout_secs or None)
   suite = FLAGS.level_name in levels.SUITES
@@ -252,7 +253,7 @@ def _choose_game(num_actions=None):
     full_action_set=suite or num_actions == _NUM_ATARI_ACTIONS,
     dmlab=_dmlab_settings(),
   )
-  return levels.choose_game(FLAGS.level_name, settings)
+  return levels.choose_game(FLAGS.level_name, settings, played)
 
 
 def _dmlab_settings():
@@ -770,7 +771,11 @@ def _background_tests(metrics):
 
 def act():
   """Plays as an actor task until the learner is done, an error, or a signal."""
-  game = _choose_game()
+  first = _first_environment()
+  played = range(first, first + FLAGS.environments_per_actor)
+  if FLAGS.level_assignment == 'balanced':
+    played = None  # It may be any.
+  game = _choose_game(played=played)
   tasks = _cluster()
   with _new_graph(tasks.actor_device()), stop_signals() as signals:
     agent = _new_agent(game)
@@ -837,7 +842,7 @@ def _watch_learner(client, loops, signals):
 
 def serve():
   """Computes as a learner task for the chief, learner 0, until it is done."""
-  game = _choose_game()
+  game = _choose_game(played=[0])
   tasks = _cluster()
   _actor_specs(game)  # Loads the operations that the chief will use here.
   with _new_graph(), stop_signals() as signals:
