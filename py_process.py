@@ -535,6 +535,8 @@ def _serve(control_fd, folder):
   children = {}
   wakeup, wakeup_write = os.pipe()
   os.set_blocking(wakeup_write, False)
+  # Slurm sends it to all processes of a program, which may still need this one.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGCHLD, lambda *_: None)
   signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
   while True:
@@ -613,7 +615,8 @@ def _run_child(server, connection, memory_fd, payload, folder, older):
   try:
     die_with(server)
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+      signal.signal(number, signal.SIG_DFL)
     # A session and process group of its own: a Ctrl-C in the terminal doesn't
     # reach it, and the helpers it starts can be found when it dies.
     os.setsid()

@@ -1137,6 +1137,15 @@ def test_death_of_the_fork_server_ends_processes():
   assert not any(map(os.path.exists, folders))
 
 
+def test_fork_server_outlives_sigterm_and_its_processes_do_not():
+  process = _start(Counter)
+  os.kill(py_process._fork_server._server.pid, signal.SIGTERM)
+  os.kill(process.pid, signal.SIGTERM)
+  assert process.exit_code(_SOON) == -signal.SIGTERM
+  process.restart(start=3)
+  assert process.call('next') == 4
+
+
 # --- Calls that take too long -----------------------------------------------
 
 
