@@ -36,6 +36,7 @@ _SILENT_SECONDS = 30  # Without an answer, another learner counts as lost.
 _ANSWER_SECONDS = 10  # For the learners to answer a call.
 _ROOM_SECONDS = 60  # For a learner to take an unroll: its queue may be full.
 _FAREWELL_SECONDS = 5  # For other tasks to notice that training is done.
+_SAVING_SECONDS = 20  # For the chief to save, when all learners are moved.
 _WAITING_SECONDS = 30  # Between two lines that say that a task waits.
 
 # A heartbeat of an actor task: when it came and when the task was started
@@ -445,6 +446,17 @@ def wait_for_learners(cluster, received_signals):
       return False
     if cluster.missing_learner() is None:
       return True
+
+
+def wait_for_chief_to_end(cluster):
+  """Waits in another learner, which is moved, for the chief to be moved too.
+
+  Cluster managers often move all tasks at once, and a checkpoint has variables
+  of all learners. If the chief isn't moved, this ends after a while.
+  """
+  deadline = time.monotonic() + _SAVING_SECONDS
+  while time.monotonic() < deadline and _listens(cluster.learners[0]):
+    time.sleep(0.2)
 
 
 def _attempts(tell):

@@ -858,6 +858,8 @@ def serve():
       client.watch_end()
       time.sleep(cluster.HEARTBEAT_SECONDS)
     client.leave()
+    if _is_moved(signals):
+      cluster.wait_for_chief_to_end(tasks)
   reason = 'learner 0 is done' if client.is_done else 'stopped'
   print_line(f'Learner {FLAGS.task} ends: {reason}.')
   _exit_if_moved(signals)

@@ -216,10 +216,11 @@ class _Chief:
     return statistics.median(seconds), moved
 
   def run(self):
-    """Takes batches for ever."""
-    while True:
-      self.registry.session.run(self._update)
-      self.num_unrolls += FLAGS.batch_size
+    """Takes batches until the other learners end."""
+    with contextlib.suppress(*cluster.LEARNER_GONE):
+      while True:
+        self.registry.session.run(self._update)
+        self.num_unrolls += FLAGS.batch_size
 
 
 def _usage(pids):
@@ -335,6 +336,7 @@ def _choose_flags():
 
 
 def main(_):
+  tf.logging.set_verbosity(tf.logging.ERROR)
   _choose_flags()
   if FLAGS.clients:
     _be_actors()

@@ -235,6 +235,26 @@ def test_moved_learner_goes_on_where_it_was(tmp_path):
   assert checkpoint_step(tmp_path) == reached + 100
 
 
+def test_learners_that_are_moved_at_once_save_first(tmp_path):
+  with Tasks(tmp_path, num_learners=2) as tasks:
+    chief = tasks.learner('--save_checkpoint_secs=600')
+    other = tasks.learner(task=1)
+    actors = [tasks.actor(task) for task in range(2)]
+    for _ in actors:
+      chief.wait_for('Actor [01] .* joined')
+    chief.wait_for('of 1,000,000,000 frames')
+    other.process.send_signal(signal.SIGTERM)
+    time.sleep(3)  # It has noticed, and still has variables of the chief.
+    chief.process.send_signal(signal.SIGTERM)
+    for learner in (chief, other):
+      assert learner.finish() == os.EX_TEMPFAIL, learner.output
+      assert 'Traceback' not in learner.output
+    reached = re.search(r'Trained for ([0-9,]+)', chief.output)[1]
+    assert checkpoint_step(tmp_path) == int(reached.replace(',', '')) > 0
+    for task, actor in enumerate(actors):
+      actor.wait_for(f'Actor {task} waits for the learner')
+
+
 def test_second_task_of_a_number_is_refused(tmp_path):
   with Tasks(tmp_path) as tasks:
     learner, first = tasks.learner(), tasks.actor(4)
