@@ -116,6 +116,10 @@ class ActorLoops(Actors):
     lines = [f'actors: {begun} of {total} have begun'] if begun < total else []
     return {'actors_begun': begun}, lines
 
+  def statistics_so_far(self):
+    """As `statistics`, and also before there is a session."""
+    return self.statistics() if self.session else ActorStatistics(0, 0, 0, 0.0)
+
   def close(self, goes_on=False):
     del goes_on  # The processes end in any case.
     py_process.close_all(self.processes)

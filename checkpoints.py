@@ -148,6 +148,9 @@ def prepare(logdir, checkpoint):
   # Of checkpoints that a killed training was about to save.
   for unfinished in glob.glob(f'{glob.escape(logdir)}/model.ckpt-*_temp'):
     shutil.rmtree(unfinished, ignore_errors=True)
+  for unfinished in glob.glob(f'{glob.escape(logdir)}/model.ckpt-*.tempstate*'):
+    with contextlib.suppress(OSError):
+      os.remove(unfinished)
   path = os.path.join(logdir, _STATE)
   if checkpoint is None:
     with contextlib.suppress(FileNotFoundError):

@@ -28,7 +28,7 @@ import private_apis
 import socket_filter
 from actors import Actors, ActorStatistics
 from console import print_line
-from errors import UserError
+from errors import UserError, explain
 
 HEARTBEAT_SECONDS = 2  # Between two heartbeats of an actor task.
 _LOST_SECONDS = 10  # Without any, an actor task counts as lost.
@@ -45,6 +45,21 @@ _WAITING_SECONDS = 30  # Between two lines that say that a task waits.
 Heartbeat = collections.namedtuple(
   'Heartbeat', ('time', 'started', 'unrolls', *ActorStatistics._fields)
 )
+
+# The errors of a session one of whose learners ended, restarts, or can't be
+# reached.
+LEARNER_GONE = (
+  tf.errors.UnavailableError,
+  tf.errors.AbortedError,
+  tf.errors.CancelledError,
+  tf.errors.DeadlineExceededError,
+  tf.errors.FailedPreconditionError,
+)
+
+
+class LearnerLeaves(Exception):
+  """Another learner is about to end; until then, it still answers."""
+
 
 # --- The tasks --------------------------------------------------------------
 
@@ -185,6 +200,14 @@ class Cluster:
     config.cluster_def.CopyFrom(tf.train.ClusterSpec(tasks).as_cluster_def())
     return target, config
 
+  def is_loss(self, error):
+    """Returns whether an error of a session comes of a learner that is gone."""
+    return (
+      not isinstance(error, tf.errors.OpError)
+      or isinstance(error, LEARNER_GONE)
+      or self.missing_learner() is not None
+    )
+
   def missing_learner(self):
     """Returns the address of a learner that nobody listens at, None if none."""
     return next((a for a in self.learners if not _listens(a)), None)
@@ -258,6 +281,7 @@ class SharedState:
         job: _shared_variable(f'{job}s_done', tf.bool)
         for job in ('actor', 'learner')
       }
+      self._leaving = _shared_variable('leaving', tf.bool)
       self._heartbeats = tf.raw_ops.MutableHashTableOfTensorsV2(
         key_dtype=tf.int64,
         value_dtype=tf.float64,
@@ -273,6 +297,7 @@ class SharedState:
     with self._on_chief():
       return tf.group(
         self._requirements.assign(requirements, read_value=False),
+        self._leaving.assign(False, read_value=False),
         *(done.assign(False, read_value=False) for done in self._done.values()),
       )
 
@@ -280,6 +305,16 @@ class SharedState:
     """Returns the op that tells the other tasks of a job to end."""
     with self._on_chief():
       return self._done[job].assign(True, read_value=False)
+
+  def announce_leaving(self):
+    """Returns the op that tells the chief that another learner is moved."""
+    with self._on_chief():
+      return self._leaving.assign(True, read_value=False)
+
+  def read_leaving(self):
+    """Returns whether another learner is moved."""
+    with self._on_chief():
+      return self._leaving.read_value()
 
   def read_requirements(self, job):
     """Returns what `open` got, and whether `finish` was run for the job."""
@@ -487,6 +522,7 @@ class ActorRegistry(Actors):
     self._finish = {job: shared.finish(job) for job in ('actor', 'learner')}
     self._graph = tf.get_default_graph()
     self._read_heartbeats = shared.heartbeats()
+    self._leaving = shared.read_leaving()
     # Other learners have no heartbeats: they are asked for their time.
     self._learner_times = []
     for device in learner_devices[1:]:
@@ -503,8 +539,19 @@ class ActorRegistry(Actors):
     session.run(self._open)
 
   def membership_changes(self):
+    """See `Actors`.
+
+    Raises:
+      LearnerLeaves: another learner is about to end.
+      One of LEARNER_GONE: it has ended.
+    """
     if self._learner_times:
       self.session.run(self._learner_times, options=_within(_SILENT_SECONDS))
+      if self.session.run(self._leaving):
+        raise LearnerLeaves('it is moved')
+    return self._membership_changes()
+
+  def _membership_changes(self):
     now, tasks, values, addresses = self.session.run(self._read_heartbeats)
     names = dict(zip(addresses[0], addresses[1], strict=True))
     heartbeats = {
@@ -580,7 +627,7 @@ class ActorRegistry(Actors):
     self.session.run(self._finish['actor'])
     deadline = time.monotonic() + _FAREWELL_SECONDS
     while time.monotonic() < deadline:
-      self.membership_changes()
+      self._membership_changes()
       if not self._connected:
         break
       time.sleep(0.1)
@@ -592,9 +639,14 @@ class ActorRegistry(Actors):
       cluster: `Cluster` of the chief.
       config: `tf.ConfigProto` of the training's session.
     """
+    if cluster.missing_learner() is not None:
+      return  # A session over all would wait for it.
     target, config = cluster.session(config)
-    with tf.Session(target, self._graph, config) as session:
-      session.run(self._finish['learner'])
+    with (
+      contextlib.suppress(*LEARNER_GONE),
+      tf.Session(target, self._graph, config) as session,
+    ):
+      session.run(self._finish['learner'], options=_within(_ANSWER_SECONDS))
     # They ask for it, so this task has to be there.
     deadline = time.monotonic() + _FAREWELL_SECONDS
     while time.monotonic() < deadline and any(
@@ -610,15 +662,6 @@ def _actor_name(task, addresses):
 # --- The other tasks --------------------------------------------------------
 
 
-# The errors of a session one of whose learners ended, restarts, or can't be
-# reached.
-LEARNER_GONE = (
-  tf.errors.UnavailableError,
-  tf.errors.AbortedError,
-  tf.errors.CancelledError,
-  tf.errors.DeadlineExceededError,
-  tf.errors.FailedPreconditionError,
-)
 # These may come of it as well, or of a fault in this program.
 _PERHAPS_GONE = (
   tf.errors.InvalidArgumentError,
@@ -629,6 +672,40 @@ _PERHAPS_GONE = (
 # How often, with all learners there, a call or an attempt to join may fail so.
 _MAX_FAULTS = 3
 _MAX_FAULTS_OF_JOINING = 20
+_MAX_REFUSALS = 3  # Until a waiting task says why.
+
+
+class Heartbeats:
+  """The thread that sends an actor task's heartbeats.
+
+  It begins before the environments do, which may take minutes.
+  """
+
+  def __init__(self, client, statistics):
+    """Takes an `ActorClient`, and a function that returns `ActorStatistics`."""
+    self._client = client
+    self._statistics = statistics
+    # The main thread must be free to handle signals.
+    self._thread = threading.Thread(target=self._send, daemon=True)
+    self._error = None
+
+  def start(self):
+    self._thread.start()
+
+  def has_ended(self):
+    """Returns whether this task is to end: training is done, or an error."""
+    return not self._thread.is_alive()
+
+  def raise_error(self):
+    if self._error is not None:
+      raise self._error
+
+  def _send(self):
+    try:
+      while self._client.send_heartbeat(self._statistics()):
+        time.sleep(HEARTBEAT_SECONDS)
+    except Exception as error:
+      self._error = error
 
 
 class _Calls:
@@ -646,6 +723,7 @@ class _Calls:
     )
     self.last_heartbeat = shared.last_heartbeat(key)
     self.leave = shared.leave(key)
+    self.announce_leaving = shared.announce_leaving()
 
 
 class LearnerClient:
@@ -699,6 +777,15 @@ class LearnerClient:
     if answer is not None:
       self.is_done |= bool(answer[1])
 
+  def announce_leaving(self):
+    """Tells the chief, if it's there, that this learner is about to end."""
+    with contextlib.suppress(
+      *LEARNER_GONE, *_PERHAPS_GONE, RuntimeError, AttributeError
+    ):
+      self._session.run(
+        self._calls.announce_leaving, options=_within(HEARTBEAT_SECONDS)
+      )
+
   def leave(self):
     """Ends the connection."""
     self._left = True
@@ -738,12 +825,19 @@ class LearnerClient:
         self._connect()
 
   def _connect(self):
-    missing = None
+    missing = reason = None
+    faults = refusals = 0
 
     def tell():
-      self._print(f'waits for the learner at {missing}.')
+      line = f'waits for the learner at {missing}.'
+      if refusals > _MAX_REFUSALS:
+        line = (
+          f'can not join, though all learners are there ({explain(reason)}). '
+          f'Learners have to reach this task at {self._cluster.address} '
+          '(--actor_address).'
+        )
+      self._print(line)
 
-    faults = 0
     for _ in _attempts(tell):
       if self._stops():
         return
@@ -753,8 +847,11 @@ class LearnerClient:
         continue
       try:
         self._try_connect()
-      except LEARNER_GONE:
+      except tf.errors.FailedPreconditionError:  # The chief begins.
         missing = self._cluster.learners[0]
+      except LEARNER_GONE as error:
+        missing, reason = self._cluster.learners[0], error
+        refusals += 1
       except _PERHAPS_GONE:
         missing = self._cluster.learners[0]
         faults += 1
@@ -860,6 +957,9 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     Args:
       statistics: `ActorStatistics`.
 
+    Returns:
+      False if this task is to end.
+
     Raises:
       UserError: there is another task of this number, which was there first.
     """
@@ -873,6 +973,7 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
       self._check_alone(*last)
       self._is_known = True
       self.is_done |= bool(is_done)
+    return not self._stops()
 
   def leave(self):
     """Tells the chief, if it's there, that this task ends."""

@@ -499,6 +499,10 @@ def _check_learners():
         'Give --learner_address or --learner_addresses, not both.'
       )
     count = len(FLAGS.learner_addresses)
+    if not count:
+      raise UserError(
+        '--learner_addresses is empty: give host:port of each learner.'
+      )
     if FLAGS.num_learners not in (1, count) or count != len(
       set(FLAGS.learner_addresses)
     ):
@@ -523,6 +527,8 @@ def _check_learners():
         f'has {gpus}: leave it out, or give a --task and the '
         '--learner_addresses of learner tasks on many machines.'
       )
+  if FLAGS.job_name == 'actor' or FLAGS.task > 0:
+    return  # Batches are the chief's.
   if FLAGS.batch_size % count:
     raise UserError(
       f'--batch_size={FLAGS.batch_size} can not be split evenly between '
@@ -534,6 +540,11 @@ def _check_learners():
       f'--replay_proportion={FLAGS.replay_proportion}: {num_replayed} of '
       f'{FLAGS.batch_size} unrolls of a batch can not be split evenly between '
       f'{count} learners: give another one.'
+    )
+  if num_replayed and FLAGS.replay_size < count:
+    raise UserError(
+      f'--replay_size={FLAGS.replay_size} must be at least 1 for each of '
+      f'{count} learners.'
     )
 
 

@@ -166,8 +166,14 @@ def stop_signals():
   if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     numbers.append(signal.SIGHUP)
   previous = [signal.signal(number, receive) for number in numbers]
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
   try:
     yield received
   finally:
     for number, handler in zip(numbers, previous, strict=True):
       signal.signal(number, handler)
+
+
+def hold_signals():
+  """Keeps signals for `stop_signals` of the program that this one becomes."""
+  signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])

@@ -30,7 +30,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 
 import numpy as np
@@ -72,6 +71,7 @@ with quiet.start():
   from console import (
     REPORT_SECONDS,
     Console,
+    hold_signals,
     prepare_output,
     print_line,
     stop_signals,
@@ -517,11 +517,21 @@ def _run_training(game, training, signals):
         _watch_training(actors, metrics, signals, tests)
         if has_others:
           actors.coord.raise_requested_exception()
-      except cluster.LEARNER_GONE as error:
-        if not has_others:
+          if learner.error:
+            raise learner.error
+      except cluster.LearnerLeaves as error:
+        # Its variables can still be read.
+        actors.coord.request_stop()
+        actors.session.run(training.end_waits)
+        learner.join()
+        _save(saver, actors.session, metrics.global_step)
+        tests.close()
+        _begin_anew(error, signals, metrics.global_step)
+      except (SessionLost, tf.errors.OpError) as error:
+        if not has_others or not tasks.is_loss(error):
           raise
         tests.close()
-        _begin_anew(error)
+        _begin_anew(error, signals, metrics.global_step)
       actors.coord.request_stop()
       actors.close(goes_on=bool(learner.error) or _is_moved(signals))
       # An update under way is finished.
@@ -534,12 +544,7 @@ def _run_training(game, training, signals):
         raise learner.error
       if saver.error:
         # The session saves the last checkpoint, unless it tried just before.
-        saver.save(
-          actors.session,
-          os.path.join(FLAGS.logdir, 'model.ckpt'),
-          metrics.global_step,
-          write_meta_graph=False,
-        )
+        _save(saver, actors.session, metrics.global_step)
     # The session's end keeps some errors of other threads to itself.
     actors.coord.raise_requested_exception()
     if has_others and not _is_moved(signals):
@@ -550,11 +555,34 @@ def _run_training(game, training, signals):
   _report_end(metrics, learner.num_updates, saver.error)
 
 
-def _begin_anew(reason):
+def _save(saver, session, global_step):
+  path = os.path.join(FLAGS.logdir, 'model.ckpt')
+  saver.save(session, path, global_step, write_meta_graph=False)
+
+
+# So often training begins anew with no update in between, and all learners
+# there: then it isn't for want of one.
+_MAX_BEGINNINGS = 5
+_BEGINNINGS = 'IMPALA_BEGINNINGS'  # In the environment: frames, and how often.
+
+
+def _begin_anew(reason, signals, global_step):
   """Starts this program again, which waits for all learners to be there.
 
   A session over a learner that is gone can't be closed.
   """
+  if signals:  # It can't be saved any more.
+    print_line(
+      f'A learner is gone ({explain(reason)}): the last checkpoint in '
+      f'{FLAGS.logdir} is kept.'
+    )
+    os._exit(_MOVED if _is_moved(signals) else 1)
+  frames, _, count = os.environ.get(_BEGINNINGS, '').partition(':')
+  count = int(count) + 1 if frames == str(global_step) else 1
+  if count > _MAX_BEGINNINGS:
+    print_line(f'Training began anew {count - 1} times, and fails: {reason}')
+    os._exit(1)
+  os.environ[_BEGINNINGS] = f'{global_step}:{count}'
   print_line(
     f'A learner is gone ({explain(reason)}): training goes on from the last '
     f'checkpoint in {FLAGS.logdir} once it is back.'
@@ -564,6 +592,7 @@ def _begin_anew(reason):
       # That which listed the folder is closed.
       with contextlib.suppress(OSError):
         os.set_inheritable(fd, False)
+  hold_signals()
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -580,8 +609,8 @@ def _is_moved(signals):
   return FLAGS.task != -1 and signal.SIGTERM in signals
 
 
-def _exit_if_moved(signals):
-  if _is_moved(signals):
+def _exit_if_moved(signals, is_done=False):
+  if _is_moved(signals) and not is_done:
     print_line(
       f'SIGTERM: this task ends with exit code {_MOVED}, to be started again. '
       'The other tasks wait for it.'
@@ -799,42 +828,33 @@ def act():
       assignment,
     )
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
+    print_line(tasks.describe())
+    heartbeats = cluster.Heartbeats(client, loops.statistics_so_far)
     try:
       if client.join():
+        heartbeats.start()
         target, config = tasks.session(config, with_learners=False)
         with tf.train.MonitoredSession(
           tf.train.ChiefSessionCreator(master=target, config=config),
           hooks=[client, loops],
           stop_grace_period_secs=5,
         ):
-          _watch_learner(client, loops, signals)
+          watch(
+            lambda seconds: (
+              heartbeats.has_ended() or loops.coord.wait_for_stop(seconds)
+            ),
+            signals,
+            poll=lambda: None,
+          )
           loops.coord.request_stop()
           client.leave()
           loops.close()
+        heartbeats.raise_error()
       reason = 'the learner is done' if client.is_done else 'stopped'
       print_line(f'Actor {FLAGS.task} ends: {reason}.')
     finally:
       loops.close()
-  _exit_if_moved(signals)
-
-
-def _watch_learner(client, loops, signals):
-  """Waits for the end, while a thread sends heartbeats."""
-
-  def send_heartbeats():
-    with loops.coord.stop_on_exception():
-      while True:
-        client.send_heartbeat(loops.statistics())
-        if loops.coord.wait_for_stop(cluster.HEARTBEAT_SECONDS):
-          return
-
-  # The main thread must be free to handle signals.
-  threading.Thread(target=send_heartbeats, daemon=True).start()
-  watch(
-    lambda seconds: client.is_done or loops.coord.wait_for_stop(seconds),
-    signals,
-    poll=lambda: None,
-  )
+  _exit_if_moved(signals, client.is_done)
 
 
 # --- Another learner --------------------------------------------------------
@@ -857,12 +877,13 @@ def serve():
     while not (client.is_done or signals):
       client.watch_end()
       time.sleep(cluster.HEARTBEAT_SECONDS)
-    client.leave()
-    if _is_moved(signals):
+    if signals and not client.is_done:
+      client.announce_leaving()
       cluster.wait_for_chief_to_end(tasks)
+    client.leave()
   reason = 'learner 0 is done' if client.is_done else 'stopped'
   print_line(f'Learner {FLAGS.task} ends: {reason}.')
-  _exit_if_moved(signals)
+  _exit_if_moved(signals, client.is_done)
 
 
 # --- Test -------------------------------------------------------------------

@@ -244,7 +244,6 @@ def test_learners_that_are_moved_at_once_save_first(tmp_path):
       chief.wait_for('Actor [01] .* joined')
     chief.wait_for('of 1,000,000,000 frames')
     other.process.send_signal(signal.SIGTERM)
-    time.sleep(3)  # It has noticed, and still has variables of the chief.
     chief.process.send_signal(signal.SIGTERM)
     for learner in (chief, other):
       assert learner.finish() == os.EX_TEMPFAIL, learner.output
@@ -253,6 +252,30 @@ def test_learners_that_are_moved_at_once_save_first(tmp_path):
     assert checkpoint_step(tmp_path) == int(reached.replace(',', '')) > 0
     for task, actor in enumerate(actors):
       actor.wait_for(f'Actor {task} waits for the learner')
+
+
+def test_what_a_moved_learner_has_is_saved(tmp_path):
+  """The chief saves while it still can, and goes on from there."""
+  with Tasks(tmp_path, num_learners=2) as tasks:
+    chief = tasks.learner('--save_checkpoint_secs=600')
+    other = tasks.learner(task=1)
+    actors = [tasks.actor(task) for task in range(2)]
+    chief.wait_for('of 1,000,000,000 frames')
+    other.process.send_signal(signal.SIGTERM)
+    assert other.finish() == os.EX_TEMPFAIL, other.output
+    chief.wait_for('A learner is gone .it is moved.')
+    step = checkpoint_step(tmp_path)
+    assert step > 0
+    other = tasks.learner(task=1)
+    for _ in actors:
+      chief.wait_for('Actor [01] .* joined')
+    # Of a terminal, all get it.
+    for program in (chief, other, *actors):
+      program.process.send_signal(signal.SIGINT)
+    for program in (chief, other, *actors):
+      assert program.finish() == 0, program.output
+      assert 'Traceback' not in program.output
+  assert checkpoint_step(tmp_path) >= step
 
 
 def test_second_task_of_a_number_is_refused(tmp_path):

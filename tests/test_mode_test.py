@@ -292,7 +292,7 @@ def test_flag_that_is_no_finite_number_is_refused(value):
   with flagsaver.flagsaver():
     FLAGS(['experiment.py', f'--entropy_cost={value}'])
     with pytest.raises(UserError, match=r'entropy_cost=.* finite number'):
-      experiment._check_flags()
+      experiment.check_flags()
 
 
 @pytest.mark.parametrize('text', ['{"flags": ', '{}', '[]', ''])
