@@ -244,7 +244,7 @@ def test_learners_that_are_moved_at_once_save_first(tmp_path):
       chief.wait_for('Actor [01] .* joined')
     chief.wait_for('of 1,000,000,000 frames')
     other.process.send_signal(signal.SIGTERM)
-    time.sleep(3)  # It has noticed, and still has variables of the chief.
+    time.sleep(6)  # It has noticed, but the chief needs its variables.
     chief.process.send_signal(signal.SIGTERM)
     for learner in (chief, other):
       assert learner.finish() == os.EX_TEMPFAIL, learner.output
