@@ -18,10 +18,13 @@ This takes about 3 minutes each, and 4 GB of memory. To see that it works:
 It prints, first, what an update takes without waiting for unrolls: one of
 several learners exchanges parameters and gradients, one of a single learner
 doesn't. (Each variable is read once here. The agent reads most of them two or
-three times in an update.) Then a row for each number of actor tasks. These are threads of a few
-processes, with a server, sessions and connections each: as processes they would
-need 0.4 GB each. They share the processors with the learners. So compare the
-learners' processor time per unroll and their memory, and not unrolls/s.
+three times in an update.)
+
+Then a row for each number of actor tasks; each learner needs one of them. They
+are threads of a few processes, with a server, sessions and connections each: as
+processes they would need 0.4 GB each. They share the processors with the
+learners. So compare the learners' processor time per unroll and their memory,
+and not unrolls/s.
 
 Bytes are those of the loopback device, whoever sent them.
 """
@@ -375,7 +378,7 @@ def main(_):
     rows = [
       _measure(chief, [os.getpid(), *pids], int(count))
       for count in FLAGS.actors
-      if int(count) >= FLAGS.num_learners  # Each learner needs one.
+      if int(count) >= FLAGS.num_learners
     ]
     benchmarks.common.print_table(headers, rows)
   os._exit(0)  # The session still waits for unrolls.
