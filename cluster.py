@@ -36,7 +36,7 @@ _SILENT_SECONDS = 30  # Without an answer, another learner counts as lost.
 _ANSWER_SECONDS = 10  # For the learners to answer a call.
 _ROOM_SECONDS = 60  # For a learner to take an unroll: its queue may be full.
 _FAREWELL_SECONDS = 5  # For other tasks to notice that training is done.
-_SAVING_SECONDS = 20  # For the chief to save, when all learners are moved.
+_SAVING_SECONDS = 25  # For the chief to save, when all learners are moved.
 _WAITING_SECONDS = 30  # Between two lines that say that a task waits.
 
 # A heartbeat of an actor task: when it came and when the task was started

@@ -17,10 +17,14 @@ This takes about 3 minutes each, and 4 GB of memory. To see that it works:
 
 It prints, first, what an update takes without waiting for unrolls: one of
 several learners exchanges parameters and gradients, one of a single learner
-doesn't. Then a row for each number of actor tasks. These are threads of a few
-processes, with a server, sessions and connections each: as processes they would
-need 0.4 GB each. They share the processors with the learners. So compare the
-learners' processor time per unroll and their memory, and not unrolls/s.
+doesn't. (Each variable is read once here. The agent reads most of them two or
+three times in an update.)
+
+Then a row for each number of actor tasks; each learner needs one of them. They
+are threads of a few processes, with a server, sessions and connections each: as
+processes they would need 0.4 GB each. They share the processors with the
+learners. So compare the learners' processor time per unroll and their memory,
+and not unrolls/s.
 
 Bytes are those of the loopback device, whoever sent them.
 """
@@ -38,10 +42,10 @@ import time
 import numpy as np
 from absl import app, flags
 
+import benchmarks.common  # Before TensorFlow, which it makes quiet.
 import cluster
 import experiment
 from actors import ActorStatistics
-from benchmarks.common import FRAMES, print_table
 from command_line import FLAGS, check_flags, learner_of_flags, own_flags
 from experiment import tf
 from learner import Tower
@@ -222,6 +226,11 @@ class _Chief:
         self.registry.session.run(self._update)
         self.num_unrolls += FLAGS.batch_size
 
+  def wait_for_update(self):
+    unrolls = self.num_unrolls
+    while self.num_unrolls == unrolls:
+      time.sleep(0.001)
+
 
 def _usage(pids):
   """Returns the `Usage` of processes together."""
@@ -291,9 +300,11 @@ def _measure(chief, learners, count):
       chief.registry.membership_changes()
       connected = chief.registry.membership()[0]['actors_connected']
     time.sleep(FLAGS.seconds / 3)  # They all send by now.
+    chief.wait_for_update()
     begin, usage = time.monotonic(), _usage(learners)
     unrolls, moved = chief.num_unrolls, _moved_bytes()
     time.sleep(FLAGS.seconds)
+    chief.wait_for_update()  # Unrolls of half a batch would not be counted.
     unrolls = chief.num_unrolls - unrolls
     seconds, after = time.monotonic() - begin, _usage(learners)
     moved = _moved_bytes() - moved
@@ -315,7 +326,7 @@ def _measure(chief, learners, count):
 def _choose_flags():
   """Sets the flags that make all tasks those of the benchmark."""
   if not FLAGS['level_name'].present:
-    FLAGS['level_name'].parse(FRAMES)
+    FLAGS['level_name'].parse(benchmarks.common.FRAMES)
     FLAGS['level_name'].present = 1
   if not FLAGS['normalize_frames'].present:  # That isn't communication.
     FLAGS['normalize_frames'].parse(False)
@@ -367,8 +378,9 @@ def main(_):
     rows = [
       _measure(chief, [os.getpid(), *pids], int(count))
       for count in FLAGS.actors
+      if int(count) >= FLAGS.num_learners
     ]
-    print_table(headers, rows)
+    benchmarks.common.print_table(headers, rows)
   os._exit(0)  # The session still waits for unrolls.
 
 

@@ -16,8 +16,14 @@
 #   `scancel`: the learner saves a checkpoint, the job is at its end. Submitted
 #   again, it goes on.
 #   A task is killed, for want of memory for example: it is started again.
+#   The last frame: the job is done.
 #
-# Slurm gives a job KillWait seconds (30 by default) to save.
+# Slurm gives a job KillWait seconds (30 by default) to save, and starts it again
+# about two minutes after it was requeued.
+#
+# All of this was run on Slurm 22.05, that of slurm_on_one_machine.sh, with one
+# learner and with two, a toy level and two actor tasks; but for the end of
+# --time. It has not been run on a cluster of several machines.
 #
 # Compute nodes should be in a network of their own: the ports of all tasks ask
 # nobody for a password.
