@@ -70,7 +70,8 @@ sanitize: $(INSTALLED)
 benchmark: SHELL = /bin/bash -o pipefail
 benchmark: ops
 	mkdir -p logs/benchmark
-	{ for question in vtrace batching convolution py_process; do \
+	{ for question in vtrace batching convolution recurrence py_process; \
+	do \
 	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question || exit; \
 	done; for question in throughput scaling; do \
 	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question \

@@ -125,7 +125,7 @@ inline void AddPanels(const float* factors, const Matrix& matrix, int64_t panel,
       weights[v] = Load(place + v / 2 * matrix.panel_stride + v % 2 * kLanes);
     }
     for (int row = 0; row < kCount; ++row) {
-      const Vector factor = Vector{} + factors[row * matrix.rows + k];
+      const float factor = factors[row * matrix.rows + k];
       for (int v = 0; v < 2 * kWidth; ++v) total[row][v] += factor * weights[v];
     }
   }
