@@ -19,7 +19,7 @@ endif
 
 REQUIREMENTS = $(if $(GPU),requirements-gpu.txt,requirements.txt)
 OPS = convolution_ops.so dynamic_batching_ops.so py_process_ops.so \
-  py_process_callee.so
+  recurrence_ops.so py_process_callee.so
 # The package of the compiler; one that is set by CXX needs none.
 COMPILER = $(filter g++,$(CXX))
 LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
@@ -64,13 +64,14 @@ sanitize: $(INSTALLED)
 	  UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \
 	  $(SANITIZED_PYTHON) -m pytest tests/convolution_test.py \
 	  tests/dynamic_batching_test.py tests/py_process_test.py \
-	  tests/py_process_fuzz_test.py --deselect \
+	  tests/py_process_fuzz_test.py tests/recurrence_test.py --deselect \
 	  tests/convolution_test.py::test_too_little_memory_fails_the_operation_alone
 
 benchmark: SHELL = /bin/bash -o pipefail
 benchmark: ops
 	mkdir -p logs/benchmark
-	{ for question in vtrace batching convolution py_process; do \
+	{ for question in vtrace batching convolution recurrence py_process; \
+	do \
 	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question || exit; \
 	done; for question in throughput scaling; do \
 	  echo; echo "## $$question"; $(PYTHON) -m benchmarks.$$question \

@@ -16,6 +16,7 @@ import tensorflow.compat.v1 as tf
 import convolution
 import popart
 import private_apis
+import recurrence
 
 # Sonnet checks once whether TensorFlow 2 is enabled. Inside of a graph, this
 # check wrongly says no: so the first module is made here, outside of any.
@@ -190,10 +191,11 @@ class Agent(snt.Module):
     features = self._torso(last_action, env_output)
     if self._core is None:
       return self._head(features), core_state
-    core_output, core_state = self._core(
-      features, _reset(self._core, core_state, env_output.done)
+    hidden, cell = _unroll_lstm(
+      self._core, features, env_output.done, core_state
     )
-    return self._head(core_output), core_state
+    # The output of an LSTM is the hidden part of its state.
+    return self._head(hidden), snt.LSTMState(hidden, cell)
 
   def unroll(self, actions, env_outputs, core_state):
     """Runs the agent over a sequence.
@@ -219,7 +221,6 @@ class Agent(snt.Module):
         env_outputs.done,
         core_state,
       )
-      # The output of an LSTM is the hidden part of its state.
       features = snt.merge_leading_dims(hidden, 2)
       core_state = snt.LSTMState(hidden[-1], cell[-1])
     outputs = tf.nest.map_structure(
@@ -466,23 +467,22 @@ class _InstructionEncoder(snt.Module):
 
     That of an empty instruction is zero.
     """
-    # Makes the variables: a branch of `tf.cond` can't.
-    state = self._lstm.initial_state(1)
-    self._lstm(tf.zeros([1, self._embedding.embed_dim]), state)
+    # A branch of `tf.cond` can't make them.
+    private_apis.make_lstm_variables(self._lstm, self._embedding.embed_dim)
     # Most environments give no instruction, and the encoder is half of the
     # operations of an inference.
     return tf.cond(
       tf.reduce_any(tf.not_equal(instruction, '')),
       lambda: self._encode(instruction),
-      lambda: self._encode_none(tf.shape(instruction)[0], state),
+      lambda: self._encode_none(tf.shape(instruction)[0]),
     )
 
-  def _encode_none(self, batch_size, state):
+  def _encode_none(self, batch_size):
     """Returns zeros, float32 [batch_size, 64]."""
     # No row is looked up. Without the embedding in it, this branch's gradient
     # would be zeros for all rows, which RMSProp takes for an update of each.
     nothing = tf.reduce_sum(self._embedding(tf.zeros([0], tf.int64)))
-    return tf.zeros([batch_size, *state.hidden.shape[1:]]) + nothing
+    return self._lstm.initial_state(batch_size).hidden + nothing
 
   def _encode(self, instruction):
     """As `__call__`, word by word."""
@@ -505,67 +505,24 @@ class _InstructionEncoder(snt.Module):
     return tf.where(lengths > 0, hidden[-1], tf.zeros_like(hidden[-1]))
 
 
-def _reset(lstm, state, done):
-  """Returns an LSTM's state [B, ...], a fresh one where `done`, bool [B]."""
-  fresh = lstm.initial_state(tf.shape(done)[0])
-  return tf.nest.map_structure(
-    lambda new, old: tf.where(done, new, old), fresh, state
-  )
-
-
 def _unroll_lstm(lstm, inputs, done, state):
   """Runs an LSTM over a sequence, resetting it where another one begins.
 
-  The results are those of calling the LSTM step by step. But only what depends
-  on the step before is computed step by step: the products with the inputs, and
-  the gradient of the recurrent weights, are computed for all steps at once.
+  The results are those of calling the LSTM step by step.
 
   Args:
     lstm: `snt.LSTM`.
-    inputs: float32 [T, B, features], T > 0.
-    done: bool [T, B], whether a sequence begins.
+    inputs: float32 [T, B, features], T > 0; or of a single step, [B, features].
+    done: bool [T, B] or [B], whether a sequence begins.
     state: state before the first step, [B, ...].
 
   Returns:
-    Hidden part and cells of the state after each step, float32 [T, B, units].
+    Hidden part and cells of the state after each step, float32 [T, B, units] or
+    [B, units].
   """
-  # The first call makes the variables: a loop can't.
-  lstm(inputs[0], state)
-  gates = tf.tensordot(inputs, lstm.input_to_hidden, 1) + lstm.b
-  # The static shape of a loop's state must not change.
-  batch_size = state.hidden.shape[0]
-  gates.set_shape([None, batch_size, None])
-  done.set_shape([None, batch_size])
-
-  @tf.custom_gradient
-  def recur(gates, hidden, cell, weights):
-    constant_weights = tf.stop_gradient(weights)
-
-    def step(state, inputs):
-      gates, done = inputs
-      hidden, cell = _reset(lstm, state, done)
-      gates += tf.matmul(hidden, constant_weights)
-      i, f, g, o = tf.split(gates, 4, axis=1)
-      cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(g)
-      return snt.LSTMState(tf.sigmoid(o) * tf.tanh(cell), cell)
-
-    states = tf.scan(step, (gates, done), snt.LSTMState(hidden, cell))
-
-    def gradient(hidden_gradient, cell_gradient):
-      gates_gradient, *initial_gradients = tf.gradients(
-        [states.hidden, states.cell],
-        [gates, hidden, cell],
-        [hidden_gradient, cell_gradient],
-      )
-      before = tf.concat([hidden[tf.newaxis], states.hidden[:-1]], axis=0)
-      before = tf.where(
-        tf.broadcast_to(done[..., tf.newaxis], tf.shape(before)),
-        tf.zeros_like(before),
-        before,
-      )
-      weights_gradient = tf.tensordot(before, gates_gradient, [[0, 1]] * 2)
-      return gates_gradient, *initial_gradients, weights_gradient
-
-    return (states.hidden, states.cell), gradient
-
-  return recur(gates, *state, lstm.hidden_to_hidden)
+  private_apis.make_lstm_variables(lstm, inputs.shape[-1])
+  if inputs.shape.rank == 2:  # One operation instead of ten.
+    products = tf.matmul(inputs, lstm.input_to_hidden)
+  else:
+    products = tf.tensordot(inputs, lstm.input_to_hidden, 1)
+  return recurrence.lstm(products + lstm.b, done, *state, lstm.hidden_to_hidden)

@@ -17,6 +17,14 @@ def make_convolution_variables(convolution, in_channels):
   convolution._initialize(tf.TensorSpec([None, None, None, in_channels]))
 
 
+def make_lstm_variables(lstm, num_features):
+  """Makes the variables of an `snt.LSTM` without calling it.
+
+  Uses `snt.LSTM._initialize`.
+  """
+  lstm._initialize(tf.TensorSpec([None, num_features]))
+
+
 def replace_control_inputs(op, control_inputs):
   """Replaces the control inputs of a `tf.Operation`.
 

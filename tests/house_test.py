@@ -33,7 +33,8 @@ _ALLOWED = {
   'dmlab_choices': set(),
   'dmlab_maps': {'native', 'py_process'},
   'gym_kinds': set(),
-  'agent': {'convolution', 'native', 'popart', 'private_apis'},
+  'recurrence': {'native'},
+  'agent': {'convolution', 'native', 'popart', 'private_apis', 'recurrence'},
 }
 _LICENSE = 'Licensed under the Apache License, Version 2.0; see LICENSE.'
 

@@ -14,7 +14,10 @@ import pytest
 import native
 
 _PATIENCE = 120  # Seconds after which a program counts as hung.
-_OPS = ['convolution_ops', 'dynamic_batching_ops', 'py_process_ops']
+_OPS = [
+  *('convolution_ops', 'dynamic_batching_ops', 'py_process_ops'),
+  'recurrence_ops',
+]
 
 needs_ops = pytest.mark.skipif(
   not all(

@@ -18,6 +18,19 @@ def test_sonnets_convolution_makes_its_variables():
     assert convolution.b.shape == (16,)
 
 
+def test_sonnets_lstm_makes_its_variables():
+  with tf.Graph().as_default():
+    lstm = snt.LSTM(16)
+    private_apis.make_lstm_variables(lstm, 4)
+    assert lstm.input_to_hidden.shape == (4, 64)
+    assert lstm.hidden_to_hidden.shape == (16, 64)
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      bias = session.run(lstm.b)
+  # Of the forget gate, the second, 1.
+  np.testing.assert_array_equal(bias, np.repeat([0, 1, 0, 0], 16))
+
+
 def test_control_inputs_of_an_operation_are_replaced():
   with tf.Graph().as_default():
     before, after = tf.no_op(), tf.no_op()
