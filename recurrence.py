@@ -24,7 +24,7 @@ def _library():
     ImportError: it is there, but doesn't load.
   """
   return native.load_library(
-    'recurrence_ops', 'small networks take about twice as long'
+    'recurrence_ops', 'learning takes the LSTM three to six times as long'
   )
 
 

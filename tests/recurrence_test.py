@@ -427,4 +427,4 @@ def test_without_the_library_tensorflow_computes_with_a_warning(
   ):
     assert_close(result, expected)
   (message,) = caplog.messages
-  assert message.startswith('recurrence_ops.so is not built: small networks')
+  assert message.startswith('recurrence_ops.so is not built: learning')
