@@ -33,6 +33,9 @@ def explain(error):
   """
   # TensorFlow's errors keep theirs in an attribute.
   text = getattr(error, 'message', None) or str(error)
+  # Which task of a cluster it is of.
+  text = re.sub(r'(?m)^(Graph execution error:\n+)?From /job:.*:\n', '', text)
+  text = text.partition('\nAdditional GRPC error information')[0]
   text = re.split(r'\n\s*\[\[\{\{node ', text)[0]
   text = re.split(r"(?m)^Node: '.*'\n", text)[-1]
   return text.strip().rstrip('.') or type(error).__name__

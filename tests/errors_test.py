@@ -18,3 +18,14 @@ from errors import describe_exit
 )
 def test_exits_are_described(exit_code, expected):
   assert describe_exit(exit_code) == expected
+
+
+def test_error_of_another_task_is_a_line():
+  message = (
+    'Graph execution error:\n\nFrom /job:learner/replica:0/task:1:\n'
+    'Socket closed\nAdditional GRPC error information from remote target '
+    '/job:learner/replica:0/task:1 while calling /tensorflow.WorkerService/Run'
+    '\n:{"grpc_message":"Socket closed"}'
+  )
+  error = tf.errors.UnavailableError(None, None, message)
+  assert explain(error) == 'Socket closed'
