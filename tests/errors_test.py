@@ -2,8 +2,9 @@
 """Tests of how errors are told."""
 
 import pytest
+import tensorflow.compat.v1 as tf
 
-from errors import describe_exit
+from errors import describe_exit, explain
 
 
 @pytest.mark.parametrize(
