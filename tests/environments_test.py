@@ -1407,7 +1407,7 @@ def test_gym_values_of_arguments(text, value):
     # The whole message, which has two lines.
     (
       'gym:toy_gym:Secretive-v0',
-      'played: RuntimeError: no licence file see http://localhost.$',
+      'played: no licence file see http://localhost.$',
     ),
   ],
 )

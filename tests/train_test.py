@@ -525,7 +525,7 @@ def test_training_without_compiled_operations(tmp_path):
   )
   assert code == 0, output
   assert checkpoint_step(tmp_path / 'log') == 100
-  assert output.count('make ops') == 2  # For each of the two libraries.
+  assert output.count('make ops') == 3  # For each of the three libraries.
 
 
 def test_agent_learns_to_answer_what_it_sees(tmp_path):
