@@ -107,6 +107,8 @@ class ActorLoops(Actors):
     self._begun = set()  # Whose first episode has begun.
 
   def statistics(self):
+    if self.session is None:  # An actor task tells them from its start.
+      return ActorStatistics(0, 0, 0, 0.0)
     return ActorStatistics(
       sum(self._restarts), *self.session.run(self._actor.inference_statistics)
     )
@@ -115,10 +117,6 @@ class ActorLoops(Actors):
     begun, total = len(self._begun), len(self.processes)
     lines = [f'actors: {begun} of {total} have begun'] if begun < total else []
     return {'actors_begun': begun}, lines
-
-  def statistics_so_far(self):
-    """As `statistics`, and also before there is a session."""
-    return self.statistics() if self.session else ActorStatistics(0, 0, 0, 0.0)
 
   def close(self, goes_on=False):
     del goes_on  # The processes end in any case.

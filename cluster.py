@@ -384,7 +384,7 @@ class SharedState:
   def _on_chief(self):
     # Names and device must be the same in all tasks, whatever else is in their
     # graphs.
-    with tf.device(None), tf.device(self._device), tf.device('/cpu:0'):
+    with tf.device(self._device), tf.device('/cpu:0'):
       with tf.name_scope('shared/'):
         yield
 
@@ -489,9 +489,14 @@ def wait_for_chief_to_end(cluster):
   Cluster managers often move all tasks at once, and a checkpoint has variables
   of all learners. If the chief isn't moved, this ends after a while.
   """
-  deadline = time.monotonic() + _SAVING_SECONDS
-  while time.monotonic() < deadline and _listens(cluster.learners[0]):
-    time.sleep(0.2)
+  _wait_while(lambda: _listens(cluster.learners[0]), _SAVING_SECONDS)
+
+
+def _wait_while(condition, seconds):
+  """Waits until a condition ends, but no longer than some seconds."""
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline and condition():
+    time.sleep(0.1)
 
 
 def _attempts(tell):
@@ -546,8 +551,10 @@ class ActorRegistry(Actors):
       One of LEARNER_GONE: it has ended.
     """
     if self._learner_times:
-      self.session.run(self._learner_times, options=_within(_SILENT_SECONDS))
-      if self.session.run(self._leaving):
+      _, is_leaving = self.session.run(
+        (self._learner_times, self._leaving), options=_within(_SILENT_SECONDS)
+      )
+      if is_leaving:
         raise LearnerLeaves('it is moved')
     return self._membership_changes()
 
@@ -625,34 +632,32 @@ class ActorRegistry(Actors):
     if goes_on:  # The tasks wait for the next chief.
       return
     self.session.run(self._finish['actor'])
-    deadline = time.monotonic() + _FAREWELL_SECONDS
-    while time.monotonic() < deadline:
-      self._membership_changes()
-      if not self._connected:
-        break
-      time.sleep(0.1)
 
-  def end_learners(self, cluster, config):
+    def are_connected():
+      self._membership_changes()
+      return bool(self._connected)
+
+    _wait_while(are_connected, _FAREWELL_SECONDS)
+
+  def end_learners(self, cluster, target, config):
     """Ends the other learners, once the training's session is closed.
 
     Args:
       cluster: `Cluster` of the chief.
-      config: `tf.ConfigProto` of the training's session.
+      target: of the training's session.
+      config: its `tf.ConfigProto`.
     """
     if cluster.missing_learner() is not None:
       return  # A session over all would wait for it.
-    target, config = cluster.session(config)
     with (
       contextlib.suppress(*LEARNER_GONE),
       tf.Session(target, self._graph, config) as session,
     ):
       session.run(self._finish['learner'], options=_within(_ANSWER_SECONDS))
     # They ask for it, so this task has to be there.
-    deadline = time.monotonic() + _FAREWELL_SECONDS
-    while time.monotonic() < deadline and any(
-      map(_listens, cluster.learners[1:])
-    ):
-      time.sleep(0.2)
+    _wait_while(
+      lambda: any(map(_listens, cluster.learners[1:])), _FAREWELL_SECONDS
+    )
 
 
 def _actor_name(task, addresses):
@@ -794,16 +799,23 @@ class LearnerClient:
   def _stops(self):
     return self.is_done or self._left or bool(self._received_signals)
 
-  def _run(self, fetches, feed_dict=None, seconds=_ANSWER_SECONDS):
-    """Runs something on the learners; returns None if this task is to end."""
+  def _run(self, fetches, feed_dict=None, needs_room=False):
+    """Runs something on the learners; returns None if this task is to end.
+
+    Args:
+      fetches: as of `tf.Session.run`.
+      feed_dict: the same.
+      needs_room: whether it may have to wait for room in a learner's queue.
+    """
+    options = _within(_ROOM_SECONDS if needs_room else _ANSWER_SECONDS)
     faults = 0
     while not self._stops():
       session = self._session
       try:
-        return session.run(fetches, feed_dict, options=_within(seconds))
+        return session.run(fetches, feed_dict, options=options)
       except tf.errors.DeadlineExceededError:
         # A full queue is none of the faults that heartbeats find.
-        if seconds != _ROOM_SECONDS:
+        if not needs_room:
           self._rejoin(session)
       # A RuntimeError: another thread closed the session.
       except (*LEARNER_GONE, RuntimeError):
@@ -873,7 +885,8 @@ class LearnerClient:
         self._check(json.loads(requirements))
         self._enter(newcomer)
     finally:
-      _close(newcomer)
+      # Python aborts if it ends while a thread closes a session.
+      _close(newcomer).join(HEARTBEAT_SECONDS)
     self._session = self._open(self._graph)
 
   def _open(self, graph, as_newcomer=False):
@@ -945,7 +958,7 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     del actor
     placeholders = tf.nest.flatten(self._unroll)
     feed_dict = dict(zip(placeholders, tf.nest.flatten(unroll), strict=True))
-    if self._run([self._send], feed_dict, _ROOM_SECONDS) is None:
+    if self._run([self._send], feed_dict, needs_room=True) is None:
       return False
     with self._load_lock:
       self._num_unrolls += 1

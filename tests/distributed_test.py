@@ -61,9 +61,12 @@ class Tasks:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, error, *_):
     for program in self._programs:
       program.kill()
+    if error:
+      for program in self._programs:
+        print(*program.process.args[2:], program.read_all(), sep='\n')
 
   def start(self, *flags, **kwargs):
     addresses = ','.join(self.addresses)
@@ -384,7 +387,7 @@ with experiment._new_graph(tasks.learner_device()):
           count += 1
       assert np.ptp(theirs) > 0
     registry.close()
-  registry.end_learners(tasks, experiment._session_config(1))
+  registry.end_learners(tasks, target, config)
 print('as computed again')
 """
 

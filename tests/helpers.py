@@ -91,13 +91,22 @@ class Program:
       self.process.wait(timeout=120)
       self._reader.join(timeout=30)  # Until no process can write any more.
       assert not self._reader.is_alive(), 'A process of the program goes on.'
+    except subprocess.TimeoutExpired:
+      self.kill()
+      raise AssertionError(f'Still runs:\n{self.read_all()}') from None
     except BaseException:
       self.kill()
       raise
-    while (line := self._lines.get()) is not None:
-      self.output += line
-    self._lines.put(None)
+    self.read_all()
     return self.process.returncode
+
+  def read_all(self):
+    """Returns `output`, with what was said until now or to the end."""
+    with contextlib.suppress(queue.Empty):
+      while (line := self._lines.get(timeout=30)) is not None:
+        self.output += line
+    self._lines.put(None)
+    return self.output
 
   def kill(self):
     """Ends the program if it still runs."""
