@@ -179,7 +179,7 @@ def build_actor(agent, env, level_name, action_set, noise_seed=None):
       env_outputs,
       agent_outputs,
     ),
-    next_state=_index(states, -1),
+    next_state=tf.nest.map_structure(lambda t: t[-1], states),
     inference_statistics=infer.statistics(),
   )
 
@@ -211,11 +211,6 @@ def _with_batch(nest):
 
 def _without_batch(nest):
   return tf.nest.map_structure(lambda t: tf.squeeze(t, 0), nest)
-
-
-def _index(nest, index):
-  """Returns what is at an index or slice of the leading dimension."""
-  return tf.nest.map_structure(lambda t: t[index], nest)
 
 
 # --- The learner ------------------------------------------------------------
@@ -329,15 +324,6 @@ def _warn_of_memory(game, count):
     print_line(line)
 
 
-def _assign_levels(game, num_actors):
-  return LevelAssignment(
-    len(game.levels),
-    num_actors,
-    _first_environment(),
-    balances=FLAGS.level_assignment == 'balanced',
-  )
-
-
 def _build_actor_for(game, agent, processes, noise_seeds=None, assignment=None):
   """Builds the one graph of all actors, and the placeholder of their index.
 
@@ -364,13 +350,37 @@ def _build_actor_for(game, agent, processes, noise_seeds=None, assignment=None):
   return actor, index
 
 
-def _actor_loops(game, actor, index, processes, fetches, on_unroll, assignment):
-  return ActorLoops(
-    *(actor, index, processes, game, assignment, fetches, on_unroll),
-    max_restarts=FLAGS.max_environment_restarts,
-    seed_of=_environment_seed,
-    unroll_length=FLAGS.unroll_length,
+def _build_actors(game, agent, count):
+  """Builds the actors of a training that run here.
+
+  Args:
+    game: `Game`.
+    agent: `Agent`.
+    count: int, how many.
+
+  Returns:
+    The `Unroll` that a run plays, and a function of what to run with each and
+    of what to call after it, that returns the `ActorLoops`.
+  """
+  _warn_of_memory(game, count)
+  processes = _create_processes(game, count)
+  assignment = LevelAssignment(
+    len(game.levels),
+    count,
+    _first_environment(),
+    balances=FLAGS.level_assignment == 'balanced',
   )
+  actor, index = _build_actor_for(game, agent, processes, None, assignment)
+
+  def loops(fetches, on_unroll):
+    return ActorLoops(
+      *(actor, index, processes, game, assignment, fetches, on_unroll),
+      max_restarts=FLAGS.max_environment_restarts,
+      seed_of=_environment_seed,
+      unroll_length=FLAGS.unroll_length,
+    )
+
+  return build_unroll(actor), loops
 
 
 def _session_config(num_actors):
@@ -513,25 +523,10 @@ def _run_training(game, training, signals):
         total_frames=FLAGS.total_environment_frames,
       )
       learner.start()
-      try:
+      if has_others:
+        _watch_learners(training, learner, saver, metrics, signals, tests)
+      else:
         _watch_training(actors, metrics, signals, tests)
-        if has_others:
-          actors.coord.raise_requested_exception()
-          if learner.error:
-            raise learner.error
-      except cluster.LearnerLeaves as error:
-        # Its variables can still be read.
-        actors.coord.request_stop()
-        actors.session.run(training.end_waits)
-        learner.join()
-        _save(saver, actors.session, metrics.global_step)
-        tests.close()
-        _begin_anew(error, signals, metrics.global_step)
-      except (SessionLost, tf.errors.OpError) as error:
-        if not has_others or not tasks.is_loss(error):
-          raise
-        tests.close()
-        _begin_anew(error, signals, metrics.global_step)
       actors.coord.request_stop()
       actors.close(goes_on=bool(learner.error) or _is_moved(signals))
       # An update under way is finished.
@@ -548,11 +543,35 @@ def _run_training(game, training, signals):
     # The session's end keeps some errors of other threads to itself.
     actors.coord.raise_requested_exception()
     if has_others and not _is_moved(signals):
-      actors.end_learners(tasks, config)
+      actors.end_learners(tasks, target, config)
   finally:
     tests.close()
     py_process.close_all(actors.processes)
   _report_end(metrics, learner.num_updates, saver.error)
+
+
+def _watch_learners(training, learner, saver, metrics, signals, tests):
+  """As `_watch_training`, but begins anew if another learner ends."""
+  actors = training.actors
+  try:
+    _watch_training(actors, metrics, signals, tests)
+    actors.coord.raise_requested_exception()
+    if learner.error:
+      raise learner.error
+    return
+  except cluster.LearnerLeaves as error:
+    reason = error
+    # Its variables can still be read.
+    actors.coord.request_stop()
+    actors.session.run(training.end_waits)
+    learner.join()
+    _save(saver, actors.session, metrics.global_step)
+  except (SessionLost, tf.errors.OpError) as error:
+    if not training.tasks.is_loss(error):
+      raise
+    reason = error
+  tests.close()
+  _begin_anew(reason, signals, metrics.global_step)
 
 
 def _save(saver, session, global_step):
@@ -658,17 +677,9 @@ Training = collections.namedtuple('Training', 'actors update end_waits tasks')
 def _prepare_alone(game):
   """Builds a `Training` whose actors run here."""
   agent = _new_agent(game)
-  _warn_of_memory(game, FLAGS.num_actors)
-  processes = _create_processes(game, FLAGS.num_actors)
-  assignment = _assign_levels(game, len(processes))
-  actor, index = _build_actor_for(game, agent, processes, None, assignment)
-  unroll = build_unroll(actor)
+  unroll, loops = _build_actors(game, agent, FLAGS.num_actors)
   queue = build_queue(unroll)
-  loops = _actor_loops(
-    *(game, actor, index, processes, queue.enqueue(unroll)),
-    lambda actor, values: True,
-    assignment,
-  )
+  actors = loops(queue.enqueue(unroll), lambda actor, values: True)
   devices = [None]
   if FLAGS.num_learners > 1:
     devices = [f'/gpu:{k}' for k in range(FLAGS.num_learners)]
@@ -676,7 +687,7 @@ def _prepare_alone(game):
     agent, [queue] * len(devices), devices
   )
   end_actors = queue.queue.close(cancel_pending_enqueues=True)
-  return Training(loops, update, tf.group(end_actors, end_learners), None)
+  return Training(actors, update, tf.group(end_actors, end_learners), None)
 
 
 def _prepare_chief(game, tasks):
@@ -703,7 +714,7 @@ def _prepare_chief(game, tasks):
 
 
 def _build_learner_queue(unroll, device):
-  with tf.device(None), tf.device(device):
+  with tf.device(device):
     return build_queue(unroll)
 
 
@@ -808,14 +819,12 @@ def act():
   tasks = _cluster()
   with _new_graph(tasks.actor_device()), stop_signals() as signals:
     agent = _new_agent(game)
-    _warn_of_memory(game, FLAGS.environments_per_actor)
-    processes = _create_processes(game, FLAGS.environments_per_actor)
-    assignment = _assign_levels(game, len(processes))
-    actor, index = _build_actor_for(game, agent, processes, None, assignment)
-    py_process.reserve_descriptors(len(processes))
-    unroll = build_unroll(actor)
+    unroll, build_loops = _build_actors(
+      game, agent, FLAGS.environments_per_actor
+    )
+    py_process.reserve_descriptors(FLAGS.environments_per_actor)
     tasks.place_variables(agent.variables)
-    config = _session_config(len(processes))
+    config = _session_config(FLAGS.environments_per_actor)
     config.device_count['GPU'] = 0  # Accelerators belong to the learner.
     tasks.start_server(config)
     client = cluster.ActorClient(
@@ -823,13 +832,10 @@ def act():
       lambda device: _build_learner_queue(unroll, device),
       [*agent.variables, tf.train.get_global_step()],
     )
-    loops = _actor_loops(
-      *(game, actor, index, processes, unroll, client.on_unroll),
-      assignment,
-    )
+    loops = build_loops(unroll, client.on_unroll)
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     print_line(tasks.describe())
-    heartbeats = cluster.Heartbeats(client, loops.statistics_so_far)
+    heartbeats = cluster.Heartbeats(client, loops.statistics)
     try:
       if client.join():
         heartbeats.start()

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the actor's and the learner's graphs, and of the flags."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -630,6 +631,22 @@ def unroll_of(value, global_step):
   )
 
 
+@contextlib.contextmanager
+def training_session(queues, config=None):
+  """Yields a session whose queue runners take unrolls from queues."""
+  with tf.Session(config=config) as session:
+    session.run(
+      [tf.global_variables_initializer(), tf.local_variables_initializer()]
+    )
+    coord = tf.train.Coordinator()
+    threads = tf.train.start_queue_runners(session, coord)
+    yield session
+    coord.request_stop()
+    for queue in queues:
+      session.run(queue.queue.close(cancel_pending_enqueues=True))
+    coord.join(threads, stop_grace_period_secs=10)
+
+
 @flagsaver.flagsaver(
   batch_size=2, unroll_length=5, num_action_repeats=1, torso='shallow'
 )
@@ -646,11 +663,8 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
       unrolls.build_staging(queue, 2, 'staged'),
       experiment.learner_of_flags().build_training(agent, [queue]),
     )
-    with tf.Session() as session:
-      session.run(tf.global_variables_initializer())
+    with training_session([queue]) as session:
       session.run(tf.train.get_global_step().assign(30))
-      coord = tf.train.Coordinator()
-      threads = tf.train.start_queue_runners(session, coord)
 
       def fill():
         for op in enqueue:
@@ -662,9 +676,6 @@ def test_batches_are_time_major_and_their_policy_lag_is_known():
       staged = session.run(batch).actor_output
       fill()
       result = session.run(update)
-      coord.request_stop()
-      session.run(queue.queue.close(cancel_pending_enqueues=True))
-      coord.join(threads, stop_grace_period_secs=10)
   frames = staged.env_outputs.observation[0]
   assert frames.shape == (6, 2, *FRAME)
   values = {100: 0, 200: 1}
@@ -701,21 +712,13 @@ def test_replayed_unrolls_are_learned_from_but_not_counted(capsys):
     enqueue = [queue.enqueue(tensor) for tensor in tensors]
     update, _ = experiment.learner_of_flags().build_training(agent, [queue])
     mean = next(v for v in agent.variables if 'statistics/mean' in v.name)
-    with tf.Session() as session:
-      session.run(
-        [tf.global_variables_initializer(), tf.local_variables_initializer()]
-      )
-      coord = tf.train.Coordinator()
-      threads = tf.train.start_queue_runners(session, coord)
+    with training_session([queue]) as session:
       results = []
       for pair in range(3):
         for op in enqueue[2 * pair : 2 * pair + 2]:
           session.run(op)
         results.append(session.run(update))
       mean = session.run(mean)
-      coord.request_stop()
-      session.run(queue.queue.close(cancel_pending_enqueues=True))
-      coord.join(threads, stop_grace_period_secs=10)
   assert 'Replay: 3 of each batch of unrolls' in capsys.readouterr().out
   for number, result in enumerate(results):
     assert [name.decode() for name in result.level_name] == [
@@ -752,17 +755,12 @@ def train_with(num_learners):
       agent, queues, devices
     )
     config = tf.ConfigProto(device_count={'CPU': 2}, allow_soft_placement=True)
-    with tf.Session(config=config) as session:
-      session.run(tf.global_variables_initializer())
+    with training_session(queues, config) as session:
       for op in enqueue:
         session.run(op)
-      coord = tf.train.Coordinator()
-      threads = tf.train.start_queue_runners(session, coord)
       results = [session.run(update) for _ in range(3)]
       values = session.run({v.name: v for v in tf.global_variables()})
-      coord.request_stop()
-      session.run([end_waits, *(queue.queue.close() for queue in queues)])
-      coord.join(threads, stop_grace_period_secs=10)
+      session.run(end_waits)
   return values, results
 
 

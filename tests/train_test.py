@@ -528,6 +528,23 @@ def test_training_without_compiled_operations(tmp_path):
   assert output.count('make ops') == 3  # For each of the three libraries.
 
 
+# Of the trainings that learn a toy with a bright square.
+LEARNING = [
+  '--num_action_repeats=1',
+  '--torso=shallow',
+  '--num_actors=4',
+  '--batch_size=4',
+  '--unroll_length=20',
+  '--height=36',
+  '--width=48',
+  '--learning_rate=0.0006',
+  '--epsilon=0.01',
+  '--entropy_cost=0.01',
+  '--discounting=0.5',
+  '--max_gradient_norm=40',
+]
+
+
 def test_agent_learns_to_answer_what_it_sees(tmp_path):
   """A bright square is in one third of the frame; its number is the answer."""
   logdir = str(tmp_path / 'log')
@@ -535,18 +552,7 @@ def test_agent_learns_to_answer_what_it_sees(tmp_path):
   code, output = run(
     f'--level_name={level}',
     f'--logdir={logdir}',
-    '--num_action_repeats=1',
-    '--torso=shallow',
-    '--num_actors=4',
-    '--batch_size=4',
-    '--unroll_length=20',
-    '--height=36',
-    '--width=48',
-    '--learning_rate=0.0006',
-    '--epsilon=0.01',
-    '--entropy_cost=0.01',
-    '--discounting=0.5',
-    '--max_gradient_norm=40',
+    *LEARNING,
     '--total_environment_frames=30000',
   )
   assert code == 0, output
@@ -563,20 +569,9 @@ def test_agent_learns_actions_of_several_heads(tmp_path):
   train = [
     f'--level_name={level}',
     f'--logdir={logdir}',
-    '--num_action_repeats=1',
-    '--torso=shallow',
+    *LEARNING,
     '--core=none',
-    '--num_actors=4',
-    '--batch_size=4',
-    '--unroll_length=20',
-    '--height=36',
-    '--width=48',
-    '--learning_rate=0.0006',
     '--learning_rate_schedule=constant',
-    '--epsilon=0.01',
-    '--entropy_cost=0.01',
-    '--discounting=0.5',
-    '--max_gradient_norm=40',
   ]
   # The second goes on where the first ended.
   for frames in (4800, 9600):
