@@ -113,8 +113,8 @@ EnvironmentSpec = collections.namedtuple(
 )
 
 # What the program's user chose for all environments.
-Settings = collections.namedtuple(
-  'Settings',
+EnvironmentSettings = collections.namedtuple(
+  'EnvironmentSettings',
   [
     'height',  # Of the frame in pixels, None for the family's usual size.
     'width',  # Likewise.

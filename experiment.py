@@ -237,7 +237,7 @@ def _choose_game(num_actions=None, played=None):
   """
   py_process.set_call_timeout(FLAGS.environment_timeout_secs or None)
   suite = FLAGS.level_name in levels.SUITES
-  settings = environments.Settings(
+  settings = environments.EnvironmentSettings(
     height=FLAGS.height if FLAGS['height'].present else None,
     width=FLAGS.width if FLAGS['width'].present else None,
     num_action_repeats=FLAGS.num_action_repeats,

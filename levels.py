@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Levels and suites: what can be played, and how well people play it.
 
-In: the name of a level or suite and `environments.Settings`. Out: a `Game`,
+In: the name of a level or suite and `EnvironmentSettings`. Out: a `Game`,
 which says what is played, and the reference scores of levels.
 """
 
@@ -46,8 +46,9 @@ SUITES = {
 }
 
 # What is played: the class of the levels' family, the levels' names for people
-# and for the environments, the `Settings`, what `describe` returned for them,
-# and a dict from the names of the levels that can't be played to the reasons.
+# and for the environments, the `EnvironmentSettings`, what `describe` returned
+# for them, and a dict from the names of the levels that can't be played to the
+# reasons.
 Game = collections.namedtuple(
   'Game', 'family names levels settings spec missing'
 )
@@ -58,7 +59,7 @@ def choose_game(level_name, settings, played=None):
 
   Args:
     level_name: of a level or a suite.
-    settings: `environments.Settings`; in a test, the suite's test levels are
+    settings: `EnvironmentSettings`; in a test, the suite's test levels are
       played.
     played: indices of those levels of a suite that this program plays itself,
       which alone are checked; None for all.

@@ -65,7 +65,7 @@ def graph():
 
 
 def _settings(**kwargs):
-  defaults = environments.Settings(
+  defaults = environments.EnvironmentSettings(
     height=None,
     width=None,
     num_action_repeats=4,
@@ -1916,7 +1916,9 @@ def test_program_imports_no_library_and_repeats_no_warning():
     import tensorflow.compat.v1  # Keras brings OpenCV along, where it is.
     before = imported()
     assert before <= {'cv2'}, before
-    settings = environments.Settings(None, None, 4, '', '/tmp', False)
+    settings = environments.EnvironmentSettings(
+      *(None, None, 4, '', '/tmp', False)
+    )
     for level in sys.argv[1:]:
       family = environments.family_of(level)
       spec = family.describe(level, settings)
@@ -1964,7 +1966,9 @@ def test_module_in_the_current_folder_is_found_however_the_program_is_called(
   script = tmp_path / 'program' / 'script.py'
   code = """
     import environments
-    settings = environments.Settings(4, 6, 4, '', '/tmp', False)
+    settings = environments.EnvironmentSettings(
+      *(4, 6, 4, '', '/tmp', False)
+    )
     level = 'gym:my_own_levels:Grey-v0'
     spec = environments.GymEnvironment.describe(level, settings)
     process = environments.GymEnvironment.create(level, 1, settings, spec)

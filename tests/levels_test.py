@@ -32,7 +32,7 @@ def family(monkeypatch):
 def test_task_checks_the_levels_that_it_plays(family):
   """Numbers of environments go round through the suite's levels."""
   names = list(levels.SUITES['atari57'].module.LEVEL_MAPPING)
-  settings = environments.Settings(
+  settings = environments.EnvironmentSettings(
     84, 84, 4, '', '', is_test=False, full_action_set=True
   )
   game = levels.choose_game('atari57', settings, played=range(56, 59))
@@ -48,7 +48,7 @@ def test_task_checks_the_levels_that_it_plays(family):
 
 
 def test_level_that_can_not_be_played_is_told(family):
-  settings = environments.Settings(
+  settings = environments.EnvironmentSettings(
     84, 84, 4, '', '', is_test=False, full_action_set=True
   )
   with pytest.raises(UserError, match='It is broken'):

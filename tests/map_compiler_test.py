@@ -35,7 +35,7 @@ def lab():
 
 def compile_maps(folder, level_name=_EXPLORE, num_maps=4, max_bytes=None):
   """Returns the `MapCompiler` after its end, for --seed=3."""
-  settings = environments.Settings(
+  settings = environments.EnvironmentSettings(
     *(4, 6, 4, 'dummy', str(folder), False),
     dmlab=environments.DmLabSettings(max_bytes, num_maps, 3),
   )
