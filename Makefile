@@ -39,7 +39,7 @@ plot: $(INSTALLED)
 	$(PYTHON) plot.py $(LOGDIR)
 
 test: ops lint
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The libraries of both sanitizers have to be there before Python is, with what
 # throws exceptions. Python itself frees little at its end, and the memory that a

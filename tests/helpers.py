@@ -4,6 +4,7 @@
 import contextlib
 import glob
 import hashlib
+import json
 import os
 import pathlib
 import queue
@@ -127,6 +128,49 @@ def end_programs():
 def run(*flags, **kwargs):
   program = Program(*flags, **kwargs)
   return program.finish(), program.output
+
+
+# Imports the program once, which takes longer than what many tests ask of it.
+_RUN_EACH = """
+import json, os, sys
+from absl import app
+import experiment
+for arguments, path in json.load(sys.stdin):
+  if os.fork():
+    # Before the next child has it in its buffer, too.
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+    continue
+  output = os.open(path, os.O_CREAT | os.O_WRONLY)
+  os.dup2(output, 1)
+  os.dup2(output, 2)
+  sys.argv[1:] = arguments
+  app.run(experiment.main, flags_parser=experiment._parse_flags)
+"""
+
+
+def run_each(flag_lists, folder):
+  """Runs the program with each of some lists of flags.
+
+  Args:
+    flag_lists: list of lists of flags.
+    folder: where this keeps files.
+
+  Returns:
+    List of pairs of the exit code and the output.
+  """
+  paths = [os.path.join(folder, str(k)) for k in range(len(flag_lists))]
+  result = subprocess.run(
+    [sys.executable, '-c', _RUN_EACH],
+    input=json.dumps(list(zip(flag_lists, paths, strict=True))),
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': TESTS},
+    timeout=240,
+    check=True,
+  )
+  outputs = [pathlib.Path(path).read_text(errors='replace') for path in paths]
+  return list(zip(map(int, result.stdout.split()), outputs, strict=True))
 
 
 def checkpoint_step(logdir):

@@ -29,6 +29,7 @@ from helpers import (
   descendants,
   hashes,
   run,
+  run_each,
   training,
   wait_until,
 )
@@ -423,56 +424,77 @@ def test_another_agents_checkpoint_is_refused_and_kept(tmp_path):
   frames = ['--total_environment_frames=40']
   assert run(*TOY, f'--logdir={logdir}', *frames)[0] == 0
   files = {path.name: path.read_bytes() for path in logdir.iterdir()}
-  for other, message in (
-    ('--level_name=gym:ALE/Pong-v5', 'here it is [4, 6, 4]'),
-    ('--torso=deep', '--torso is deep, but the agent'),
-    ('--core=none', '--core is none, but the agent'),
-    ('--popart', '--popart is True, but the agent'),
-    ('--height=40', '--height is 40, but the agent'),
+  others = {
+    '--level_name=gym:ALE/Pong-v5': 'here it is [4, 6, 4]',
+    '--torso=deep': '--torso is deep, but the agent',
+    '--core=none': '--core is none, but the agent',
+    '--popart': '--popart is True, but the agent',
+    '--height=40': '--height is 40, but the agent',
     # The same variables, but they have learned what this changes.
-    ('--num_action_repeats=4', '--num_action_repeats is 4, but the agent'),
-  ):
-    code, output = run(*TOY, f'--logdir={logdir}', other)
-    assert code == 2
+    '--num_action_repeats=4': '--num_action_repeats is 4, but the agent',
+  }
+  outputs = tmp_path / 'outputs'
+  outputs.mkdir()
+  answers = run_each(
+    [[*TOY, f'--logdir={logdir}', other] for other in others], outputs
+  )
+  for (code, output), message in zip(answers, others.values(), strict=True):
+    assert code == 2, output
     assert message in output
     assert len(output.splitlines()) == 1
   assert files == {path.name: path.read_bytes() for path in logdir.iterdir()}
 
 
-@pytest.mark.parametrize(
-  ('flag', 'message'),
-  [
-    ('--num_actors=0', 'num_actors'),
-    ('--batch_size=0', 'batch_size'),
-    ('--unroll_length=0', 'unroll_length'),
-    ('--torso=wide', 'torso'),
-    ('--discounting=1.5', 'discounting'),
-    ('--replay_proportion=0.2', 'of --batch_size=2 unrolls is 0'),
-    ('--replay_proportion=0.5 --replay_size=10000000000', 'give a smaller'),
-    ('--popart --reward_clipping=abs_one', 'add --reward_clipping=none'),
-    ('--num_actor=3', 'num_actor'),
-    ('--level_name=gym:NoSuchGame-v0', 'NoSuchGame'),
-    ('--level_name=gym:CartPole-v1', 'image'),
-    ('--logdir=/proc/log', '/proc/log can not be written'),
-    ('--logdir=/tmp/\udcff', 'is not UTF-8'),
-    ('--job_name=actor', 'needs a --task'),
-    ('--task=1', 'has no --task=1'),
-    ('--learner_address=here', 'is no host:port'),
-    ('--learner_address=here:70000', 'is no host:port'),
-    ('--learner_address=::1:8000', 'is no host:port'),
-    ('--seed=-1', 'seed'),
-    ('--mode=test', 'no checkpoint'),
-    ('--checkpoint=model.ckpt-1', '--mode=test'),
-  ],
-)
-def test_impossible_flag_gets_one_sentence(tmp_path, flag, message):
-  logdir = tmp_path / 'log'
-  code, output = run(*TOY, f'--logdir={logdir}', *flag.split())
+IMPOSSIBLE = {
+  '--num_actors=0': 'num_actors',
+  '--batch_size=0': 'batch_size',
+  '--unroll_length=0': 'unroll_length',
+  '--torso=wide': 'torso',
+  '--discounting=1.5': 'discounting',
+  '--replay_proportion=0.2': 'of --batch_size=2 unrolls is 0',
+  '--replay_proportion=0.5 --replay_size=10000000000': 'give a smaller',
+  '--popart --reward_clipping=abs_one': 'add --reward_clipping=none',
+  '--num_actor=3': 'num_actor',
+  '--level_name=gym:NoSuchGame-v0': 'NoSuchGame',
+  '--level_name=gym:CartPole-v1': 'image',
+  '--logdir=/proc/log': '/proc/log can not be written',
+  '--logdir=/tmp/\udcff': 'is not UTF-8',
+  '--job_name=actor': 'needs a --task',
+  '--task=1': 'has no --task=1',
+  '--learner_address=here': 'is no host:port',
+  '--learner_address=here:70000': 'is no host:port',
+  '--learner_address=::1:8000': 'is no host:port',
+  '--seed=-1': 'seed',
+  '--mode=test': 'no checkpoint',
+  '--checkpoint=model.ckpt-1': '--mode=test',
+}
+
+
+@pytest.fixture(scope='module')
+def refusals(tmp_path_factory):
+  """What the program says to each of them, and whether it made its folder."""
+  logdirs = [tmp_path_factory.mktemp('refused') / 'log' for _ in IMPOSSIBLE]
+  answers = run_each(
+    [
+      [*TOY, f'--logdir={logdir}', *flag.split()]
+      for logdir, flag in zip(logdirs, IMPOSSIBLE, strict=True)
+    ],
+    tmp_path_factory.mktemp('outputs'),
+  )
+  return {
+    flag: (*answer, logdir.exists())
+    for flag, answer, logdir in zip(IMPOSSIBLE, answers, logdirs, strict=True)
+  }
+
+
+@pytest.mark.parametrize('flag', IMPOSSIBLE)
+def test_impossible_flag_gets_one_sentence(refusals, flag):
+  code, output, has_folder = refusals[flag]
   assert code == 2, output
-  assert message in output
+  assert IMPOSSIBLE[flag] in output
   assert len(output.splitlines()) <= 2, output
   assert 'Traceback' not in output
-  assert not logdir.exists()
+  assert not has_folder
 
 
 def test_deepmind_lab_that_is_missing_is_told(tmp_path):
