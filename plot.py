@@ -2,11 +2,13 @@
 """Draws learning curves from the metrics of trainings.
 
   python plot.py <logdir> [<logdir> ...] [--x=hours] [--output=curve.png]
+  python plot.py <logdir> [<logdir> ...] --threshold=75
 
 One panel per level, and for suites one per score. A training alone shows each
 episode as a dot and the mean of the last 100 as a line. Trainings that differ
 in their seed alone are one line, the mean of theirs, in a band from the lowest
-to the highest. Tests in the background of a training are diamonds.
+to the highest. Tests in the background of a training are diamonds. With a
+threshold, a table tells when the mean return of 100 episodes reached it.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import matplotlib as mpl
 mpl.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
+import tabulate
 from matplotlib import ticker
 
 import quiet
@@ -203,6 +206,57 @@ def draw(groups, output, x_axis='frames'):
   plt.close(figure)
 
 
+def table(runs, threshold):
+  """Returns a table of when trainings reached a return.
+
+  Args:
+    runs: dict from name to what `read_scalars` returned.
+    threshold: float, a mean return of 100 episodes.
+
+  Returns:
+    String, with a line for each level of each training. Minutes count from the
+    first metrics, which a training writes some seconds after its start.
+  """
+  rows = []
+  for name, scalars in runs.items():
+    for panel in panels_of([scalars]):
+      if panel.is_episodes:
+        rows.append([name, panel.title, *_summary(scalars[panel.tag])])
+        rows[-1] += _first_above(scalars[panel.tag], threshold)
+  return tabulate.tabulate(
+    rows,
+    [
+      *('training', 'level', 'frames', 'minutes', 'frames/s'),
+      *(f'first {_EPISODES}', f'last {_EPISODES}'),
+      *(f'frames to {threshold:g}', 'minutes'),
+    ],
+    'github',
+    floatfmt=('', '', '.0f', '.1f', '.0f', '.2f', '.2f', '.0f', '.1f'),
+    missingval='-',
+  )
+
+
+def _summary(episodes):
+  """Returns frames, minutes, frames/s, first and last mean return."""
+  frames, returns, hours = episodes.T
+  seconds = 3600 * hours[-1]
+  return [
+    *(frames[-1], seconds / 60, frames[-1] / seconds),
+    *(returns[:_EPISODES].mean(), returns[-_EPISODES:].mean()),
+  ]
+
+
+def _first_above(episodes, threshold):
+  """Returns frames and minutes to a mean return; None, None if it wasn't."""
+  frames, returns, hours = episodes.T
+  is_above = running_mean(returns, _EPISODES) >= threshold
+  is_above[: _EPISODES - 1] = False  # Of fewer episodes.
+  if not is_above.any():
+    return [None, None]
+  first = is_above.argmax()
+  return [frames[first], 60 * hours[first]]
+
+
 def _draw_group(axis, panel, runs, x_axis, colour, style):
   """Draws what trainings of the same settings have for a panel."""
   column = {'frames': 0, 'hours': 2}[x_axis]
@@ -263,6 +317,11 @@ def main():
     '--output',
     help='picture to write; default: learning_curve.png in the first logdir',
   )
+  parser.add_argument(
+    '--threshold',
+    type=float,
+    help='mean return; prints a table of when trainings reached it',
+  )
   args = parser.parse_args()
   # Wherever it is shown, a name is no reason to fail.
   sys.stdout.reconfigure(errors='backslashreplace')
@@ -281,6 +340,9 @@ def main():
   except OSError as error:
     sys.exit(f'plot.py: {output} can not be written ({error.strerror}).')
   print(f'Learning curve: {_printable(output)}')
+  if args.threshold is not None:
+    names = {_printable(logdir): scalars for logdir, scalars in runs.items()}
+    print(table(names, args.threshold))
 
 
 if __name__ == '__main__':

@@ -113,6 +113,29 @@ def test_running_mean():
   )
 
 
+def test_table_tells_when_a_return_was_reached():
+  # 120 episodes of 10 frames and 2 s each; from the 31st on, they return 1.
+  number = np.arange(1, 121)
+  returns = np.where(number > 30, 1.0, 0.0)
+  episodes = np.stack([10.0 * number, returns, number / 1800], 1)
+  scalars = {'x/episode_return': episodes, 'loss': episodes}
+  rows = [
+    [
+      cell.strip()
+      for cell in plot.table({'run': scalars}, threshold).split('|')
+    ]
+    for threshold in (0.75, 0.7, 0.95)
+  ]
+  summary = ['run', 'x', '1200', '4.0', '5', '0.70', '0.90']
+  # 75 of the last 100 for the first time after the 105th. The first 100 have
+  # 70; the mean of fewer, as of the first 40, is none.
+  assert [row[-10:-1] for row in rows] == [
+    [*summary, '1050', '3.5'],
+    [*summary, '1000', '3.3'],
+    [*summary, '-', '-'],
+  ]
+
+
 @pytest.mark.parametrize('utf8', ['0', '1'])
 def test_folders_of_all_names_are_drawn(tmp_path, utf8):
   names = [
@@ -183,6 +206,7 @@ def test_picture_of_a_suite(tmp_path):
       *logdirs,
       '--x=hours',
       f'--output={output}',
+      '--threshold=50',
     ],
     capture_output=True,
     text=True,
@@ -191,7 +215,9 @@ def test_picture_of_a_suite(tmp_path):
   )
   # TensorFlow tells nothing.
   assert result.stderr == ''
-  assert result.stdout == f'Learning curve: {output}\n'
+  first, *table = result.stdout.splitlines()
+  assert first == f'Learning curve: {output}'
+  assert len(table) == 2 + 2 * 3
   picture = plt.imread(output)
   assert min(picture.shape[:2]) > 300
   assert picture[..., :3].std() > 0.05
