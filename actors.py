@@ -3,7 +3,7 @@
 
 In: the graph of an actor and what is played. Out: unrolls, by running the graph
 in a thread for each actor, and statistics. Training uses the interface
-`Actors`. On one machine `ActorLoops` has it, on many `cluster.ActorRegistry`.
+`Actors`. On one machine `ActorLoops` has it, on many `chief.ActorRegistry`.
 """
 
 import collections

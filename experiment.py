@@ -42,12 +42,14 @@ with quiet.start():
 
   import action_sets
   import checkpoints
+  import chief
   import cluster
   import command_line
   import convolution
   import dynamic_batching
   import environments
   import evaluation
+  import learner_client
   import levels
   import log_folder
   import memory
@@ -501,7 +503,7 @@ def _run_training(game, training, signals):
     tasks.start_server(config)
     print_line(tasks.describe())
     target, config = tasks.session(config)
-    if not cluster.wait_for_learners(tasks, signals):
+    if not chief.wait_for_learners(tasks, signals):
       return
   try:
     with tf.train.MonitoredTrainingSession(
@@ -704,7 +706,7 @@ def _prepare_chief(game, tasks):
   update, end_learners = learner_of_flags().build_training(
     agent, [_build_learner_queue(unroll, device) for device in devices], devices
   )
-  registry = cluster.ActorRegistry(
+  registry = chief.ActorRegistry(
     cluster.SharedState(tasks.learner_device()),
     _task_requirements(game),
     FLAGS.num_actors,
@@ -827,7 +829,7 @@ def act():
     config = _session_config(FLAGS.environments_per_actor)
     config.device_count['GPU'] = 0  # Accelerators belong to the learner.
     tasks.start_server(config)
-    client = cluster.ActorClient(
+    client = learner_client.ActorClient(
       *(tasks, _task_requirements(game), config, signals),
       lambda device: _build_learner_queue(unroll, device),
       [*agent.variables, tf.train.get_global_step()],
@@ -835,7 +837,7 @@ def act():
     loops = build_loops(unroll, client.on_unroll)
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     print_line(tasks.describe())
-    heartbeats = cluster.Heartbeats(client, loops.statistics)
+    heartbeats = learner_client.Heartbeats(client, loops.statistics)
     try:
       if client.join():
         heartbeats.start()
@@ -876,7 +878,7 @@ def serve():
     tasks.start_server(config)
     print_line(_describe_device(f'learner {FLAGS.task}'))
     print_line(tasks.describe())
-    client = cluster.LearnerClient(
+    client = learner_client.LearnerClient(
       tasks, _task_requirements(game), config, signals
     )
     client.join()
@@ -885,7 +887,7 @@ def serve():
       time.sleep(cluster.HEARTBEAT_SECONDS)
     if signals and not client.is_done:
       client.announce_leaving()
-      cluster.wait_for_chief_to_end(tasks)
+      chief.wait_for_chief_to_end(tasks)
     client.leave()
   reason = 'learner 0 is done' if client.is_done else 'stopped'
   print_line(f'Learner {FLAGS.task} ends: {reason}.')

@@ -11,6 +11,7 @@ import time
 import tensorflow.compat.v1 as tf
 
 import popart
+import private_apis
 import vtrace
 from replay import Replay
 from unrolls import build_staging
@@ -299,16 +300,17 @@ class Learner:
             replay=self._build_replay(queue.like, len(queues)),
           )
         output = batch.actor_output
-        towers.append(
-          self.build_tower(
-            agent,
-            output.agent_state,
-            output.env_outputs,
-            output.agent_outputs,
-            output.level_name,
-            fresh,
+        with private_apis.read_once():
+          towers.append(
+            self.build_tower(
+              agent,
+              output.agent_state,
+              output.env_outputs,
+              output.agent_outputs,
+              output.level_name,
+              fresh,
+            )
           )
-        )
       batches.append(batch)
       wait_seconds.append(seconds)
       end_waits.append(end)

@@ -6,6 +6,8 @@ An upgrade may remove them. So each is used in one function here, with a test in
 these libraries.
 """
 
+import contextlib
+
 import tensorflow.compat.v1 as tf
 
 
@@ -54,3 +56,31 @@ def wrap_session_run(session, wrap):
   """
   run = session._call_tf_sessionrun
   session._call_tf_sessionrun = lambda *args: wrap(run, *args)
+
+
+@contextlib.contextmanager
+def read_once():
+  """Has each variable of the graph read once, however often it is used within.
+
+  A learner gets what it reads of variables of other learners by the network.
+
+  Uses `_cached_value` of resource variables.
+  """
+  variables = []
+
+  def cache(variable):
+    variable._cached_value = variable.value()
+    variables.append(variable)
+    return variable
+
+  def creator(next_creator, **kwargs):
+    return cache(next_creator(**kwargs))
+
+  for variable in tf.global_variables():
+    cache(variable)
+  try:
+    with tf.variable_creator_scope(creator):
+      yield
+  finally:
+    for variable in variables:
+      variable._cached_value = None

@@ -17,8 +17,7 @@ This takes about 3 minutes each, and 4 GB of memory. To see that it works:
 
 It prints, first, what an update takes without waiting for unrolls: one of
 several learners exchanges parameters and gradients, one of a single learner
-doesn't. (Each variable is read once here. The agent reads most of them two or
-three times in an update.)
+doesn't.
 
 Then a row for each number of actor tasks; each learner needs one of them. They
 are threads of a few processes, with a server, sessions and connections each: as
@@ -43,8 +42,10 @@ import numpy as np
 from absl import app, flags
 
 import benchmarks.common  # Before TensorFlow, which it makes quiet.
+import chief
 import cluster
 import experiment
+import learner_client
 from actors import ActorStatistics
 from command_line import FLAGS, check_flags, learner_of_flags, own_flags
 from experiment import tf
@@ -88,7 +89,7 @@ def _be_actors():
     tasks = cluster.Cluster(FLAGS.learner_addresses, 'actor', task)
     tasks.place_variables(variables[:-1])
     tasks.start_server(config)
-    client = cluster.ActorClient(
+    client = learner_client.ActorClient(
       *(tasks, requirements, config, []),
       lambda device: experiment._build_learner_queue(specs, device),
       variables,
@@ -153,7 +154,7 @@ class _Chief:
       self._update = self._build_update(
         [(d, tf.nest.flatten(b)) for d, b in zip(devices, batches, strict=True)]
       )
-      self.registry = cluster.ActorRegistry(
+      self.registry = chief.ActorRegistry(
         cluster.SharedState(devices[0]),
         experiment._task_requirements(game),
         FLAGS.num_actors,
@@ -196,7 +197,7 @@ class _Chief:
   def _start(self):
     config = experiment._session_config(1)
     self._tasks.start_server(config)
-    cluster.wait_for_learners(self._tasks, [])
+    chief.wait_for_learners(self._tasks, [])
     target, config = self._tasks.session(config)
     self._session = tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(master=target, config=config),

@@ -21,6 +21,7 @@ from absl.testing import flagsaver
 import cluster
 import experiment
 import socket_filter
+from chief import ActorRegistry
 from errors import UserError
 from experiment import tf
 from helpers import (
@@ -127,7 +128,7 @@ def test_steps_refused_by_mistake_are_repeated():
 
 def test_unrolls_for_another_learner_do_not_count():
   with tf.Graph().as_default():
-    tasks = cluster.ActorRegistry(mock.Mock(), '', 1, ['/cpu:0'])
+    tasks = ActorRegistry(mock.Mock(), '', 1, ['/cpu:0'])
   tasks.session = mock.Mock()
   for unrolls in (1000, 1012):
     beat = cluster.Heartbeat(99.0, 1.0, unrolls, 0, 0, 0, 0.0)
@@ -336,7 +337,7 @@ def test_slow_environment_does_not_stop_its_neighbour(tmp_path):
 _CHIEF = """
 import sys
 import numpy as np
-import cluster, experiment, unrolls
+import chief, cluster, experiment, unrolls
 from experiment import FLAGS, tf
 
 FLAGS(sys.argv)
@@ -361,12 +362,12 @@ with experiment._new_graph(tasks.learner_device()):
     tf.train.get_global_step().assign(version),
     *(v.assign(0.1 * tf.random.normal(v.shape))
       for v in agent.trainable_variables)]
-  registry = cluster.ActorRegistry(
+  registry = chief.ActorRegistry(
     cluster.SharedState(devices[0]), experiment._task_requirements(game), 1,
     devices)
   config = experiment._session_config(1)
   tasks.start_server(config)
-  assert cluster.wait_for_learners(tasks, [])
+  assert chief.wait_for_learners(tasks, [])
   target, config = tasks.session(config)
   with tf.train.MonitoredSession(
       tf.train.ChiefSessionCreator(master=target, config=config),

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tests of the actor's and the learner's graphs, and of the flags."""
 
+import collections
 import contextlib
 import os
 import subprocess
@@ -788,6 +789,31 @@ def test_two_learners_make_the_update_of_one():
   assert other.queue_size.shape == other.wait_seconds.shape == (2,)
 
 
+@flagsaver.flagsaver(batch_size=2, unroll_length=5)
+def test_each_learner_reads_each_variable_once():
+  """Each read of another learner's variable is a transfer by the network."""
+  with tf.Graph().as_default() as graph:
+    tf.train.get_or_create_global_step()
+    agent = Agent(NUM_ACTIONS, 'shallow', normalize_frames=True)
+    queues = [
+      unrolls.NestQueue(1, constants(unroll_of(0, 0)), f'q{k}') for k in (0, 1)
+    ]
+    update, _ = experiment.learner_of_flags().build_training(
+      agent, queues, ['/cpu:0', '/cpu:1']
+    )
+    needed = tf.graph_util.extract_sub_graph(
+      graph.as_graph_def(), [update.learner.global_step.op.name]
+    )
+  reads = collections.Counter(
+    node.input[0] for node in needed.node if node.op == 'ReadVariableOp'
+  )
+  # Of the embedding, rows are looked up.
+  names = {v.op.name for v in agent.trainable_variables}
+  names = {name for name in names if 'embed' not in name}
+  assert len(names) > 10
+  assert {reads[name] for name in names} == {2}
+
+
 @flagsaver.flagsaver(batch_size=1, unroll_length=5)
 def test_batch_of_one_unroll(learner_batch):
   env, behaviour = tf.nest.map_structure(lambda x: x[:, :1], learner_batch)
@@ -1111,7 +1137,9 @@ _PAPER_ATARI = {
       },
     ),
     ('quick_start', {'level_name': 'gym:VizdoomBasic-v1'}),
-    ('minigrid_doorkey', {'level_name': 'gym:MiniGrid-DoorKey-5x5-v0'}),
+    ('minigrid', {'level_name': 'gym:MiniGrid-DoorKey-5x5-v0'}),
+    ('atari_two_cores', {'level_name': 'gym:ALE/Pong-v5'}),
+    ('vizdoom', {'level_name': 'gym:VizdoomHealthGathering-v1'}),
   ],
 )
 def test_flagfile_has_the_papers_settings(name, expected):
@@ -1129,8 +1157,10 @@ def test_every_flagfile_is_tested():
   assert set(os.listdir(_FLAGFILES)) == {
     'atari57_multitask',
     'atari_expert',
+    'atari_two_cores',
     'dmlab30',
     'dmlab_single_level',
-    'minigrid_doorkey',
+    'minigrid',
     'quick_start',
+    'vizdoom',
   }

@@ -53,3 +53,24 @@ def test_runs_of_a_session_go_through_a_function():
     assert session.run(2 * x, {x: 3}) == 6
     assert np.isclose(session.make_callable(tf.constant(2.0))(), 2)
   assert len(runs) == 2
+
+
+def test_variables_are_read_once():
+  with tf.Graph().as_default() as graph:
+    old = tf.Variable(2.0)
+    with private_apis.read_once():
+      new = tf.Variable(3.0)
+      product = old * old * new * new
+      gradients = tf.gradients(product, [old, new])
+    again = old * old
+    needed = tf.graph_util.extract_sub_graph(
+      graph.as_graph_def(), [tensor.op.name for tensor in gradients]
+    )
+    reads = [node for node in needed.node if node.op == 'ReadVariableOp']
+    assert len(reads) == 2
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      assert session.run([product, *gradients]) == [36, 36, 24]
+      # Later reads see what was assigned.
+      session.run(old.assign(5.0))
+      assert session.run(again) == 25
