@@ -1,5 +1,6 @@
-# make train   sets everything up, trains on ViZDoom, tests the agent, draws a
-#              learning curve (GPU=1: with TensorFlow's CUDA build)
+# make train   sets everything up, trains on ViZDoom, tests the agent, makes videos
+#              of it before and after, draws a learning curve (GPU=1: with
+#              TensorFlow's CUDA build)
 # make plot    draws the learning curves of trainings: LOGDIR=<logdir>, several
 #              in quotes
 # make test    sets everything up, checks the style, runs all tests
@@ -26,13 +27,17 @@ LOGDIR := logs/$(shell date +%Y%m%d-%H%M%S)
 
 # The same settings serve training and test.
 QUICK_START = --flagfile=flagfiles/quick_start
+TEST = $(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR) --mode=test \
+  --video_dir=$(LOGDIR)/videos
 
 .PHONY: train plot test sanitize benchmark ops lint clean
 .DELETE_ON_ERROR:
 
 train: ops
 	$(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR)
-	$(PYTHON) experiment.py $(QUICK_START) --logdir=$(LOGDIR) --mode=test
+	test ! -e $(LOGDIR)/model.ckpt-0.index || $(TEST) --test_num_episodes=1 \
+	  --checkpoint=$(LOGDIR)/model.ckpt-0
+	$(TEST)
 	$(PYTHON) plot.py $(LOGDIR)
 
 plot: $(INSTALLED)

@@ -113,10 +113,12 @@ class ActorLoops(Actors):
       sum(self._restarts), *self.session.run(self._actor.inference_statistics)
     )
 
+  def num_begun(self):
+    """Returns how many actors have begun their first episode."""
+    return len(self._begun)
+
   def membership(self):
-    begun, total = len(self._begun), len(self.processes)
-    lines = [f'actors: {begun} of {total} have begun'] if begun < total else []
-    return {'actors_begun': begun}, lines
+    return describe_begun(self.num_begun(), len(self.processes))
 
   def close(self, goes_on=False):
     del goes_on  # The processes end in any case.
@@ -243,6 +245,14 @@ class ActorLoops(Actors):
       f'The environment process of actor {actor} ({name}, seed '
       f'{self._seed(actor)}), {where}, {reason}.'
     )
+
+
+def describe_begun(num_begun, num_actors):
+  """Returns what `Actors.membership` does on actors that have begun."""
+  lines = []
+  if num_begun < num_actors:
+    lines.append(f'actors: {num_begun} of {num_actors} have begun')
+  return {'actors_begun': num_begun}, lines
 
 
 def start_threads(coord, functions):

@@ -13,7 +13,7 @@ import numpy as np
 import six
 import tensorflow.compat.v1 as tf
 
-from actors import Actors, ActorStatistics
+from actors import Actors, ActorStatistics, describe_begun
 from cluster import (
   ANSWER_SECONDS,
   LEARNER_GONE,
@@ -166,7 +166,13 @@ class ActorRegistry(Actors):
       unrolls[task] += count
     self._period_begin = total
     counts = np.array([unrolls[task] for task in self._connected] or [0])
+    connected = self._connected.values()
+    begun, lines = describe_begun(
+      int(sum(heartbeat.begun for heartbeat in connected)),
+      int(sum(heartbeat.actors for heartbeat in connected)),
+    )
     values = {
+      **begun,
       'actors_connected': len(self._connected),
       'actors_joined': self._num_joined,
       'actors_lost': self._num_lost,
@@ -181,7 +187,7 @@ class ActorRegistry(Actors):
     )
     if self._connected:
       line += f', fewest of actor {min(self._connected, key=unrolls.get)}'
-    return values, [line]
+    return values, [line, *lines]
 
   def close(self, goes_on=False):
     if goes_on:  # The tasks wait for the next chief.

@@ -34,9 +34,11 @@ _WAITING_SECONDS = 30  # Between two lines that say that a task waits.
 
 # A heartbeat of an actor task: when it came and when the task was started
 # (seconds since 1970, by the chief's and by the task's clock), how many unrolls
-# it sent, and the fields of its `ActorStatistics`.
+# it sent, how many actors it has and how many of them have begun, and the
+# fields of its `ActorStatistics`.
 Heartbeat = collections.namedtuple(
-  'Heartbeat', ('time', 'started', 'unrolls', *ActorStatistics._fields)
+  'Heartbeat',
+  ('time', 'started', 'unrolls', 'actors', 'begun', *ActorStatistics._fields),
 )
 
 # The errors of a session one of whose learners ended, restarts, or can't be

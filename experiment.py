@@ -837,7 +837,7 @@ def act():
     loops = build_loops(unroll, client.on_unroll)
     print_line(_describe_device(f'actor {FLAGS.task}', only_cpu=True))
     print_line(tasks.describe())
-    heartbeats = learner_client.Heartbeats(client, loops.statistics)
+    heartbeats = learner_client.Heartbeats(client, loops)
     try:
       if client.join():
         heartbeats.start()

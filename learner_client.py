@@ -13,7 +13,6 @@ import time
 import six
 import tensorflow.compat.v1 as tf
 
-from actors import ActorStatistics
 from cluster import (
   ANSWER_SECONDS,
   HEARTBEAT_SECONDS,
@@ -275,7 +274,7 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     self._load_begin = 0.0
     self._started = time.time()
     self._num_unrolls = 0
-    self._last_values = [self._started, 0, *[0] * len(ActorStatistics._fields)]
+    self._last_values = [self._started, *[0] * (len(Heartbeat._fields) - 2)]
     self._is_known = False  # By a heartbeat.
 
   def after_create_session(self, session, coord):
@@ -293,11 +292,11 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
       self._num_unrolls += 1
     return self._load_parameters()
 
-  def send_heartbeat(self, statistics):
+  def send_heartbeat(self, actors):
     """Tells the chief that this task is alive, and what it did.
 
     Args:
-      statistics: `ActorStatistics`.
+      actors: its `ActorLoops`.
 
     Returns:
       False if this task is to end.
@@ -305,7 +304,10 @@ class ActorClient(LearnerClient, tf.train.SessionRunHook):
     Raises:
       UserError: there is another task of this number, which was there first.
     """
-    self._last_values = [self._started, self._num_unrolls, *statistics]
+    self._last_values = [
+      *(self._started, self._num_unrolls),
+      *(len(actors.processes), actors.num_begun(), *actors.statistics()),
+    ]
     answer = self._run(
       (self._calls.heartbeat, self._calls.requirements),
       {self._calls.heartbeat_values: self._last_values},
@@ -383,10 +385,10 @@ class Heartbeats:
   It begins before the environments do, which may take minutes.
   """
 
-  def __init__(self, client, statistics):
-    """Takes an `ActorClient`, and a function that returns `ActorStatistics`."""
+  def __init__(self, client, actors):
+    """Takes an `ActorClient` and `ActorLoops`."""
     self._client = client
-    self._statistics = statistics
+    self._actors = actors
     # The main thread must be free to handle signals.
     self._thread = threading.Thread(target=self._send, daemon=True)
     self._error = None
@@ -404,7 +406,7 @@ class Heartbeats:
 
   def _send(self):
     try:
-      while self._client.send_heartbeat(self._statistics()):
+      while self._client.send_heartbeat(self._actors):
         time.sleep(HEARTBEAT_SECONDS)
     except Exception as error:
       self._error = error

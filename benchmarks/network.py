@@ -37,6 +37,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 from absl import app, flags
@@ -57,6 +58,11 @@ flags.DEFINE_integer('processes', 4, 'Processes that the actor tasks share.')
 flags.DEFINE_integer('clients', 0, 'Internal: be so many actor tasks.')
 
 _NUM_EXCHANGES = 30
+_NO_ACTORS = types.SimpleNamespace(
+  processes=(),
+  num_begun=lambda: 0,
+  statistics=lambda: ActorStatistics(*4 * [0]),
+)
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # What the learners' processes have used: seconds, MB, and threads.
@@ -99,7 +105,7 @@ def _be_actors():
     while not client.is_done:
       client.on_unroll(0, unroll)
       if time.monotonic() > next_heartbeat:
-        client.send_heartbeat(ActorStatistics(0, 0, 0, 0))
+        client.send_heartbeat(_NO_ACTORS)
         next_heartbeat = time.monotonic() + cluster.HEARTBEAT_SECONDS
 
   threads = [

@@ -126,17 +126,20 @@ def test_steps_refused_by_mistake_are_repeated():
     assert len(caught.value.message) < 5000
 
 
-def test_unrolls_for_another_learner_do_not_count():
+def test_what_actor_tasks_did_is_told():
   with tf.Graph().as_default():
     tasks = ActorRegistry(mock.Mock(), '', 1, ['/cpu:0'])
   tasks.session = mock.Mock()
   for unrolls in (1000, 1012):
-    beat = cluster.Heartbeat(99.0, 1.0, unrolls, 0, 0, 0, 0.0)
+    beat = cluster.Heartbeat(99.0, 1.0, unrolls, 5, 3, 0, 0, 0, 0.0)
     heartbeats = (100.0, [4], [beat], ([4], [b'host:1']))
     tasks.session.run.return_value = heartbeats
     tasks.membership_changes()
-  values, _ = tasks.membership()
+  values, lines = tasks.membership()
+  # Of unrolls, those for another learner don't count.
   assert values['unrolls_per_actor_mean'] == 12
+  assert values['actors_begun'] == 3
+  assert lines[1:] == ['actors: 3 of 5 have begun']
 
 
 def ipv6_host():

@@ -1139,7 +1139,6 @@ _PAPER_ATARI = {
     ('quick_start', {'level_name': 'gym:VizdoomBasic-v1'}),
     ('minigrid', {'level_name': 'gym:MiniGrid-DoorKey-5x5-v0'}),
     ('atari_two_cores', {'level_name': 'gym:ALE/Pong-v5'}),
-    ('vizdoom', {'level_name': 'gym:VizdoomHealthGathering-v1'}),
   ],
 )
 def test_flagfile_has_the_papers_settings(name, expected):
@@ -1162,5 +1161,4 @@ def test_every_flagfile_is_tested():
     'dmlab_single_level',
     'minigrid',
     'quick_start',
-    'vizdoom',
   }
