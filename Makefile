@@ -1,5 +1,5 @@
-# make train   sets everything up, trains on ViZDoom, tests the agent, makes videos
-#              of it before and after, draws a learning curve (GPU=1: with
+# make train   sets everything up, trains on ViZDoom, tests the agent, makes
+#              videos of it before and after, draws a learning curve (GPU=1: with
 #              TensorFlow's CUDA build)
 # make plot    draws the learning curves of trainings: LOGDIR=<logdir>, several
 #              in quotes

@@ -679,9 +679,9 @@ Training = collections.namedtuple('Training', 'actors update end_waits tasks')
 def _prepare_alone(game):
   """Builds a `Training` whose actors run here."""
   agent = _new_agent(game)
-  unroll, loops = _build_actors(game, agent, FLAGS.num_actors)
+  unroll, build_loops = _build_actors(game, agent, FLAGS.num_actors)
   queue = build_queue(unroll)
-  actors = loops(queue.enqueue(unroll), lambda actor, values: True)
+  actors = build_loops(queue.enqueue(unroll), lambda actor, values: True)
   devices = [None]
   if FLAGS.num_learners > 1:
     devices = [f'/gpu:{k}' for k in range(FLAGS.num_learners)]

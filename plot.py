@@ -221,8 +221,9 @@ def table(runs, threshold):
   for name, scalars in runs.items():
     for panel in panels_of([scalars]):
       if panel.is_episodes:
-        rows.append([name, panel.title, *_summary(scalars[panel.tag])])
-        rows[-1] += _first_above(scalars[panel.tag], threshold)
+        episodes = scalars[panel.tag]
+        reached = _first_above(episodes, threshold)
+        rows.append([name, panel.title, *_summary(episodes), *reached])
   return tabulate.tabulate(
     rows,
     [
