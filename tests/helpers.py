@@ -183,7 +183,7 @@ def checkpoint_step(logdir):
 
 
 def wait_until(condition):
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 60
   while not condition():
     assert time.monotonic() < deadline
     time.sleep(0.1)
